@@ -14,8 +14,10 @@ with the number of tokens: sums are streamed, and what needs the codes twice kee
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -41,7 +43,7 @@ from tqdm import tqdm
 SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # stands in every score: which judge said so
 
 BATCH_ROWS = 16      # SAEBench's batch; its mse and its bias are means over batches, so this is part of the protocol
-LOGIT_ROWS = 4       # rows of logits alive at a time: 4 x 128 x 49,152 float32 is 100 MB
+LOGIT_TOKENS = 512   # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB, a few times over
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 MIN_FIRINGS = 20     # latents that fire less often have no correlation worth averaging
 SAMPLE_ROWS = 512    # rows whose codes are kept (sparse) for what needs a second look: matrices, clusters, probes
@@ -118,8 +120,8 @@ def sha256(*parts):
             part = part.read_bytes()
         elif isinstance(part, np.ndarray):
             digest.update(str(part.shape).encode())
-            part = np.ascontiguousarray(part).tobytes()
-        digest.update(part)
+            part = np.ascontiguousarray(part)
+        digest.update(part)   # arrays through their buffer: a memory-mapped file is not copied
     return digest.hexdigest()
 
 
@@ -127,6 +129,7 @@ def sha256(*parts):
 
 
 class Rows(NamedTuple):
+    """Token rows and what is known of each token."""
     tokens: np.ndarray   # (N,T) int64, every row starts with BOS; None when activations were given instead of text
     doc_id: np.ndarray   # (N,T) int32, a BOS belongs to the document it precedes
     valid: np.ndarray    # (N,T) bool, False at bos/eos/pad
@@ -137,12 +140,20 @@ def read_rows(path):
     """(N,T) token rows of the user's own, from a .npy that may hold integers only (no pickle)."""
     try:
         tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as err:
-        raise ValueError(f"{path} cannot be read as a .npy of integers ({err})") from None
+    except OSError as err:
+        raise ValueError(f"{path} cannot be read ({err.strerror or err})") from None
+    except (ValueError, EOFError):
+        raise ValueError(f"{path} is not a plain .npy file of integers (pickled objects are not read)") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise ValueError(f"{path} must hold an int64 array (rows, context), not {getattr(tokens, 'dtype', type(tokens))} "
                          f"of shape {getattr(tokens, 'shape', '?')}")
     return tokens.astype(np.int64)
+
+
+def special_ids(tokenizer):
+    """bos, eos, pad ids, those that exist; the first one starts rows. Id 0 is a real one in Pythia: never test truth."""
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return [i for i in ids if i is not None]
 
 
 def check_tokens(tokens, model, tokenizer):
@@ -155,17 +166,24 @@ def check_tokens(tokens, model, tokenizer):
         raise ValueError(f"token ids run from {tokens.min()} to {tokens.max()}, the model's vocabulary from 0 to {vocab - 1}")
     if longest and tokens.shape[1] > longest:
         raise ValueError(f"rows of {tokens.shape[1]} tokens are longer than the model's context of {longest}")
-    bos = tokenizer.bos_token_id
-    if bos is not None and (tokens[:, 0] != bos).any():
+    bos = special_ids(tokenizer)[0]
+    if (tokens[:, 0] != bos).any():
         row = int(np.flatnonzero(tokens[:, 0] != bos)[0])
         raise ValueError(f"row {row} does not start with BOS (id {bos}): put it in place, scores without it mean nothing")
 
 
+def token_text(tokenizer):
+    """id -> text of that token alone, with its leading space, which sentencepiece's decoder drops."""
+    def text(i):
+        decoded, piece = tokenizer.decode([i]), tokenizer.convert_ids_to_tokens([i])[0] or ""
+        return " " + decoded if piece.startswith("▁") and not decoded.startswith(" ") else decoded
+    return functools.cache(text)
+
+
 def label_tokens(tokens, tokenizer):
     """Rows from bare tokens: a document begins at each BOS and at each row's start; no topics."""
-    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    special = [i for i in ids if i is not None]  # id 0 is a real special token in some vocabularies: never test truth
-    starts = tokens == tokenizer.bos_token_id
+    special = special_ids(tokenizer)
+    starts = tokens == special[0]
     starts[:, 0] = True
     doc_id = (np.cumsum(starts.ravel()) - 1).reshape(tokens.shape).astype(np.int32)
     return Rows(tokens, doc_id, ~np.isin(tokens, special), None)
@@ -198,7 +216,7 @@ class Fidelity:
     def __init__(self, W_dec):
         d_sae, d_in = W_dec.shape
         self.unit = W_dec.double().norm(dim=1).cpu().numpy()   # (d_sae,) codes are measured with decoder rows at unit norm
-        self.tokens = self.batches = self.rows = 0
+        self.tokens = self.batches = 0
         self.x_sum = torch.zeros(d_in, dtype=torch.float64)
         self.sums = dict.fromkeys(("rr", "xx", "yy", "xy", "cos", "norm_in", "norm_out", "norm_ratio", "legacy"), 0.0)
         self.batch_sums = dict.fromkeys(("mse", "bias", "rr", "xx"), 0.0)   # means over batches come from these
@@ -245,6 +263,7 @@ class Fidelity:
         """The values as we mean them. explained_variance: predicting the mean gives 0, predicting x gives 1."""
         n, d, s = self.tokens, len(self.x_sum), self.sums
         variance = s["xx"] - self.x_sum.square().sum().item() / n   # sum |x - mean|^2
+        variance = 0 if variance < 1e-12 * s["xx"] else variance    # rounding error of activations that never change
         return {"explained_variance": 1 - ratio(s["rr"], variance), "mse": s["rr"] / (n * d), "cossim": s["cos"] / n,
                 "l2_ratio": s["norm_ratio"] / n, "relative_reconstruction_bias": ratio(s["yy"], s["xy"]),
                 "l0": self.fires.sum() / n, "l1": self.mass.sum() / n, "frac_alive": (self.fires > 0).mean()}
@@ -286,9 +305,9 @@ def lm_behaviour(model, block, saes, tokens, valid):
     device = next(model.parameters()).device
     names = ["clean", "ablation"] + [f"sae{i}" for i in range(len(saes))]
     ce, kl = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for start in tqdm(range(0, len(tokens), LOGIT_ROWS), desc="language model", leave=False):
-        ids = torch.from_numpy(tokens[start:start + LOGIT_ROWS]).to(device)
-        keep = torch.from_numpy(valid[start:start + LOGIT_ROWS]).to(device)
+    step = max(1, LOGIT_TOKENS // tokens.shape[1])
+    for start in tqdm(range(0, len(tokens), step), desc="language model", leave=False, disable=None):
+        ids, keep = (torch.from_numpy(a[start:start + step]).to(device) for a in (tokens, valid))
 
         def reconstruct(sae):
             return lambda h: torch.where(keep[..., None], sae.decode(*sae.encode(h.float())).to(h.dtype), h)
@@ -303,7 +322,7 @@ def lm_behaviour(model, block, saes, tokens, valid):
             next_token = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
             ce[name] -= next_token[keep[:, :-1]].double().sum().item()
             if name != "clean":
-                kl[name] += (p * (clean - logp)).sum(-1)[keep].double().sum().item()
+                kl[name] += (clean - logp).mul_(p).sum(-1)[keep].double().sum().item()
     n_ce, n_kl = int(valid[:, :-1].sum()), int(valid.sum())
     ce, kl = {k: ratio(v, n_ce) for k, v in ce.items()}, {k: ratio(v, n_kl) for k, v in kl.items()}
     return [{"kl_div_score": ratio(kl["ablation"] - kl[s], kl["ablation"]), "kl_div_with_ablation": kl["ablation"],
@@ -354,7 +373,7 @@ def misc_metrics(rows):
     return out
 
 
-def core_json(cfg, seed_dir, sae, fidelity, behaviour, counts, hashes, dtype, notes):
+def core_json(cfg, seed_dir, sae, fidelity, behaviour, counts, hashes, dataset, dtype, notes):
     """SAEBench's core result for one seed; values whose released formula is faulty stand corrected under "ours"."""
     features = feature_rows(sae, fidelity)
     lm = behaviour or dict.fromkeys(("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae", "ce_loss_score",
@@ -371,7 +390,7 @@ def core_json(cfg, seed_dir, sae, fidelity, behaviour, counts, hashes, dtype, no
     config = {"model_name": str(cfg.model), "llm_dtype": dtype, "batch_size_prompts": BATCH_ROWS,
               "n_eval_reconstruction_batches": math.ceil(counts["reconstruction_rows"] / BATCH_ROWS),
               "n_eval_sparsity_variance_batches": math.ceil(counts["rows"] / BATCH_ROWS),
-              "dataset": dataset_name(cfg), "context_size": counts["context"], **dict.fromkeys(flags, True), "verbose": False}
+              "dataset": dataset, "context_size": counts["context"], **dict.fromkeys(flags, True), "verbose": False}
     cfg_file = seed_dir / "cfg.json"
     return plain({
         "eval_type_id": "core", "eval_config": config,
@@ -553,11 +572,13 @@ class Sample:
     """The codes (sparse) and activations of the first SAMPLE_ROWS rows at most, for what cannot be streamed."""
 
     def __init__(self):
-        self.codes, self.x, self.rows, self.nnz = [], [], 0, 0
+        self.codes, self.x, self.rows, self.nnz, self.closed = [], [], 0, 0, False
 
     def update(self, codes, x):
-        """codes csr (n,d_sae); x (B,T,d_in) in the model's own dtype. Stops for good at the first batch too many."""
-        if self.rows is not None and self.rows + len(x) <= SAMPLE_ROWS and self.nnz + codes.nnz <= SAMPLE_NNZ:
+        """codes csr (n,d_sae); x (B,T,d_in) in the model's own dtype. One batch at least is kept."""
+        fits = self.rows + len(x) <= SAMPLE_ROWS and self.nnz + codes.nnz <= SAMPLE_NNZ
+        self.closed |= bool(self.codes) and not fits   # for good: the sample is the leading rows, without a gap
+        if not self.closed:
             self.codes.append(codes.astype(np.float32))
             self.x.append(x.cpu())
             self.rows, self.nnz = self.rows + len(x), self.nnz + codes.nnz
@@ -586,7 +607,7 @@ def position_matrix(blocks, seg, mean, scale, context):
             total += bins @ np.where(together, gram - hm[:, None] - hm[None] + m @ m, 0) @ bins.T
             count += bins @ together.astype(float) @ bins.T
         start += block.shape[0]
-    return np.where(count > 0, total / np.maximum(count, 1) / len(m), np.nan), count
+    return np.where(count > 0, total / np.maximum(count, 1) / max(len(m), 1), np.nan if len(m) else count * np.nan), count
 
 
 def toeplitzness(matrix, count):
@@ -630,9 +651,9 @@ def redundancy(codes, n, tokens, latents, mass, cluster, W_dec, name_tokens):
     codes csr (tokens,d_sae) of the sample, n its valid tokens; latents: scored ones. Effective rank: exp of the entropy
     of the correlation matrix's normalised eigenvalues (Roy & Vetterli 2007).
     """
-    latents = np.sort(latents[np.argsort(-mass[latents], kind="stable")[:MAX_COMPARED]])
     corr = correlation_matrix(codes[:, latents], n)
-    latents, corr = latents[np.isfinite(np.diag(corr))], corr[np.isfinite(np.diag(corr))][:, np.isfinite(np.diag(corr))]
+    varies = np.isfinite(np.diag(corr))
+    latents, corr = latents[varies], corr[np.ix_(varies, varies)]
     if len(latents) < 2:
         return {"latents": len(latents), "share_above_0.9": None, "effective_rank": None, "best_partner_histogram": None,
                 "top_pairs": [], "matrix": None}
@@ -650,7 +671,7 @@ def redundancy(codes, n, tokens, latents, mass, cluster, W_dec, name_tokens):
         la, lb = int(latents[a]), int(latents[b])
         pairs.append({"latents": [la, lb], "corr": corr[a, b], "decoder_cosine": (unit[la] @ unit[lb]).item(),
                       "tokens": [name_tokens(top_tokens(columns, tokens, x)) for x in (la, lb)]})
-    shown = np.argsort(-mass[latents], kind="stable")[:96]          # for the picture: the heaviest, ordered by cluster
+    shown = np.argsort(-mass[latents], kind="stable")[:80]          # for the picture: the heaviest, ordered by cluster
     shown = shown[np.lexsort((latents[shown], cluster[latents[shown]]))]
     return {"latents": len(latents), "share_above_0.9": (best > REDUNDANT).mean(),
             "effective_rank": math.exp(-(p * p.log()).sum().item()),
@@ -662,21 +683,19 @@ def redundancy(codes, n, tokens, latents, mass, cluster, W_dec, name_tokens):
 def pw_mcc(decoders):
     """Mean cosine of decoder rows matched one to one (Hungarian), for each pair of seeds. None above 8,192 latents."""
     unit = [F.normalize(W.detach().float().cpu(), dim=1) for W in decoders]
-    out = []
-    for a in range(len(unit)):
-        for b in range(a + 1, len(unit)):
-            cos = (unit[a] @ unit[b].T).numpy()
-            out.append(float(cos[linear_sum_assignment(cos, maximize=True)].mean(dtype=np.float64)))
-    return out if out and len(unit[0]) <= 8192 else None
+    if len(unit) < 2 or len(unit[0]) > 8192:   # the matching is cubic
+        return None
+    cosines = [(a @ b.T).numpy() for a, b in itertools.combinations(unit, 2)]
+    return [float(c[linear_sum_assignment(c, maximize=True)].mean(dtype=np.float64)) for c in cosines]
 
 
 # ------------------------------------------------------------------------------------------------ what latents are for
 
 
 def token_classes(strings):
-    """Four yes/no properties of tokens, {name: (V,) bool}. A word start carries the vocabulary's space mark."""
-    bare = [s.lstrip("Ġ▁ ").strip() for s in strings]
-    return {"word_part": np.array([s == b and b.isalpha() for s, b in zip(strings, bare)]),
+    """Four yes/no properties of tokens, {name: (n,) bool}. A word's first token starts with a space."""
+    bare = [s.strip() for s in strings]
+    return {"word_part": np.array([s[:1] == b[:1] and b.isalpha() for s, b in zip(strings, bare)]),
             "punctuation": np.array([bool(b) and not any(c.isalnum() for c in b) for b in bare]),
             "digit": np.array([b.isdigit() for b in bare]),
             "capitalised": np.array([b[:1].isupper() for b in bare])}
@@ -729,12 +748,12 @@ def cluster_latents(blocks):
     return np.argsort(order)[labels], score, centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
 
 
-def cluster_name(rho, rho_within, eta2_excess, lags):
+def cluster_name(rho, eta2_excess, lags):
     """Name of a cluster from its mean profile; the thresholds are ours, the profile is printed beside the name."""
     far = rho[max(k for k, lag in enumerate(lags) if lag <= 32)]
     if eta2_excess > 0.05:              # position alone explains > 5 % more of the variance than chance
         return "positional"
-    if far > 0.05 and far > rho[0] / 4:  # still there 32 tokens on: what the document is about
+    if far > 0.02 and far > rho[0] / 4:  # still there 32 tokens on: what the document is about
         return "document/topic"
     return "segment" if rho[0] > 0.1 else "local/token"   # else: lasts a phrase, or belongs to single tokens
 
@@ -766,7 +785,7 @@ def clusters(codes, latents, stats, topic, token, tokens, mass, groups, lags, na
         eta2 = pick("eta2")[labels == c].mean()
         ami = mutual_information(codes, mine, {"topic": topic, "token": token})
         heavy = mine[np.argsort(-mass[mine], kind="stable")[:3]]
-        listed.append({"name": cluster_name(rho, within, eta2 - stats["eta2_chance"], lags), "size": len(mine),
+        listed.append({"name": cluster_name(rho, eta2 - stats["eta2_chance"], lags), "size": len(mine),
                        "mass_share": mass[mine].sum() / mass.sum(), "rate": pick("rate")[labels == c].mean(),
                        "span": pick("span")[labels == c].mean(), "autocorr": rho, "autocorr_within": within,
                        "position": pick("eighths")[:, labels == c].mean(1), "eta2": eta2,
@@ -797,7 +816,7 @@ def sparse_probes(train, test, y_train, y_test, groups):
     return out
 
 
-def probes(codes, doc, topic, topic_names, classes, tokens, groups):
+def probes(codes, doc, topic, topic_names, tokens, text, groups):
     """k-sparse probes: topic of a document from its mean code (should persist), class of a token from its code (should not).
 
     Documents are split 70/30 before anything else, so no document has tokens on both sides. One probe per class against
@@ -813,14 +832,15 @@ def probes(codes, doc, topic, topic_names, classes, tokens, groups):
         label = np.full(len(ids), -1)
         label[index] = topic[inside]
         for t, name in enumerate(topic_names):
-            if (label == t).sum() >= 10:
-                y = label == t
+            y = label == t
+            if y.sum() >= 10:
                 results["topic"][name] = sparse_probes(mean[in_train], mean[~in_train], y[in_train], y[~in_train], groups)
     if tokens is not None:
         sides = [inside[in_train[index]], inside[~in_train[index]]]
         train, test = (side[::max(1, math.ceil(len(side) / 8000))] for side in sides)
-        for name, member in classes.items():
-            y = member[tokens]
+        ids, which = np.unique(tokens, return_inverse=True)
+        for name, member in token_classes([text(i) for i in ids.tolist()]).items():
+            y = member[which]
             results["token"][name] = sparse_probes(codes[train], codes[test], y[train], y[test], groups)
     results = {kind: {name: r for name, r in found.items() if r} for kind, found in results.items()}
     mean = {kind: {g: {str(k): np.mean([r[g].get(str(k), math.nan) for r in found.values()]) if found else math.nan
@@ -848,6 +868,8 @@ class Scorer:
         valid = torch.from_numpy(seg >= 0).to(x.device)
         acts, info = self.sae.encode(x.float())
         x_hat = self.sae.decode(acts, info).reshape(-1, x.shape[-1])
+        if not torch.isfinite(x_hat).all():
+            raise ValueError("the SAE gives NaN or infinity on these activations: its weights are broken or they are")
         flat, acts = x.reshape(-1, x.shape[-1]).float(), acts.reshape(len(seg), -1) * valid[:, None]
         codes = sparse.csr_matrix(acts.cpu().numpy()).astype(np.float64)
         self.fidelity.update(flat[valid], x_hat[valid], codes, np.arange(len(seg)) // self.context)
@@ -861,11 +883,9 @@ class Scorer:
 
 def batches(exp, cfg, model, rows, acts):
     """Yields (x (B,T,d_in), segment ids) over the rows, BATCH_ROWS at a time, from the model or from given activations."""
-    for start in tqdm(range(0, len(rows.doc_id), BATCH_ROWS), desc="activations and codes", leave=False):
+    for start in tqdm(range(0, len(rows.doc_id), BATCH_ROWS), desc="activations and codes", leave=False, disable=None):
         part = slice(start, start + BATCH_ROWS)
         seg = segment_ids(rows.doc_id[part], rows.valid[part])
-        if not (seg >= 0).any():
-            continue   # nothing but special tokens
         if model is None:
             yield torch.from_numpy(np.array(acts[part])), seg
         else:
@@ -881,6 +901,10 @@ def stream(exp, cfg, model, rows, acts, saes, n_high):
     scorers, raw, rng = [Scorer(sae, n_high, lags, context) for sae in saes], None, np.random.default_rng(0)
     device = saes[0].W_dec.device
     for x, seg in batches(exp, cfg, model, rows, acts):
+        if not (seg >= 0).any():   # nothing but special tokens: no sums, but the sample stays in step with the rows
+            for scorer in scorers:
+                scorer.sample.update(sparse.csr_matrix((len(seg), scorer.sae.W_dec.shape[0])), x)
+            continue
         x, shuffled = x.to(device), permute_segments(seg, rng)   # the same permutation for every seed and run
         raw = raw or LagSums(x.shape[-1], lags, context)
         flat = x.reshape(-1, x.shape[-1]).double().cpu().numpy() * (seg >= 0)[:, None]
@@ -892,109 +916,102 @@ def stream(exp, cfg, model, rows, acts, saes, n_high):
     return scorers, raw
 
 
-def lag_profiles(s, fires):
-    """The per-latent values of one LagSums, by name."""
-    return {"autocorr": s.autocorr(), "autocorr_within": s.autocorr_within(), "persistence": s.persistence(),
-            "kappa": s.kappa(fires), "span": s.span(fires), "eta2": s.eta2()}
-
-
-def consistency_json(s, raw, rows, counts, hashes, strings):
-    """Every consistency number of one seed (see README for how to read them)."""
-    lags, fires, mass, context = s.lags.lags, s.fidelity.fires, s.fidelity.mass, counts["context"]
+def consistency_json(s, raw, rows, counts, hashes, text):
+    """Every consistency number of one seed; each mean with its null (tokens permuted inside segments) beside it."""
+    lags, fires, context = s.lags.lags, s.fidelity.fires, counts["context"]
+    mass = fires.astype(float)   # firing mass: how often, not how strongly, so that no scale enters
     keep = fires >= MIN_FIRINGS
-    own, null = lag_profiles(s.lags, fires), lag_profiles(s.null_lags, fires)
-    mean = lambda value, m=mass, k=keep, g=s.groups: group_means(value, k, m, g)
     out = {"hashes": hashes, "counts": counts | {"sample_rows": s.sample.rows}, "lags": lags,
            "groups": {g: {"latents": len(keep[p]), "scored": keep[p].sum(), "mass_share": ratio(mass[p].sum(), mass.sum())}
                       for g, p in s.groups.items()}}
-    for name in ("autocorr", "autocorr_within", "persistence", "kappa"):
-        out[name], out[name + "_null"] = mean(own[name]), mean(null[name])
-    everything = np.ones(len(raw.mean), bool), {"raw": slice(None)}
-    for name, value in (("autocorr", raw.autocorr()), ("autocorr_within", raw.autocorr_within())):
-        out[name + "_raw"] = group_means(value, everything[0], raw.variance, everything[1])["raw"]
-    out["decay_length"] = {g: {k: decay_length(v, lags) for k, v in out["autocorr"][g].items()} for g in GROUPS}
-    out["decay_length_raw"] = {k: decay_length(v, lags) for k, v in out["autocorr_raw"].items()}
-    for suffix, near, profile in (("", s.neighbours, own), ("_null", s.null_neighbours, null)):
+    for suffix, sums, near in (("_null", s.null_lags, s.null_neighbours), ("", s.lags, s.neighbours)):
+        own = {"autocorr": sums.autocorr(), "autocorr_within": sums.autocorr_within(), "persistence": sums.persistence(),
+               "kappa": sums.kappa(fires), "span": sums.span(fires), "position_invariance": 1 - sums.eta2()}
+        out |= {name + suffix: group_means(value, keep, mass, s.groups) for name, value in own.items()}
         out["support_jaccard" + suffix] = near.values(near.jaccard)
         out["smoothness_S" + suffix] = near.values(near.smoothness)
-        out["span" + suffix] = mean(profile["span"])
         for g, part in s.groups.items():
-            longest = np.sort(profile["span"][part][keep[part] & np.isfinite(profile["span"][part])])[::-1][:100]
-            out["span" + suffix][g]["top100"] = longest.mean() if len(longest) else math.nan
-        out["position_invariance" + suffix] = mean(1 - profile["eta2"])
+            spans = own["span"][part][keep[part] & np.isfinite(own["span"][part])]
+            out["span" + suffix][g]["top100"] = np.sort(spans)[-100:].mean() if len(spans) else math.nan
+    for name, value in (("autocorr_raw", raw.autocorr()), ("autocorr_within_raw", raw.autocorr_within())):   # the ceiling
+        out[name] = group_means(value, raw.variance >= 0, raw.variance, {"raw": slice(None)})["raw"]
+    out["decay_length"] = {g: {k: decay_length(v, lags) for k, v in out["autocorr"][g].items()} for g in GROUPS}
+    out["decay_length_raw"] = {k: decay_length(v, lags) for k, v in out["autocorr_raw"].items()}
     eighth = np.arange(context) * 8 // context
     by_eighth = np.stack([np.abs(s.lags.by_position[eighth == e]).sum(0) / max(s.lags.position_tokens[eighth == e].sum(), 1)
                           for e in range(8)])
     own |= {"rate": fires / s.fidelity.tokens, "eighths": by_eighth / np.maximum(by_eighth.sum(0), 1e-12),
-            "eta2_chance": (context - 1) / s.fidelity.tokens}
-    out |= sample_blocks(s, raw, rows, own, keep, mass, strings)
-    counts_log, edges = np.histogram(np.log10(np.maximum(own["rate"][fires > 0], 1e-12)), bins=24, range=(-6, 0))
-    out["density_histogram"] = {"log10_edges": edges, "counts": counts_log, "dead": (fires == 0).sum()}
-    matrix = out["position_corr"]
-    out["position_corr"] = matrix | {k: plain(matrix[k], 4) for k in ("codes", "raw")}
+            "eta2": 1 - own["position_invariance"], "eta2_chance": (context - 1) / s.fidelity.tokens}
+    out |= sample_blocks(s, raw, rows, own, keep, mass, text)
+    counted, edges = np.histogram(np.log10(own["rate"][fires > 0]), bins=24, range=(-6, 0))
+    out["density_histogram"] = {"log10_edges": edges, "counts": counted, "dead": (fires == 0).sum()}
     out = plain(out, 6)
-    out["notes"] = {key: REASONS.get(key, "undefined for this run") for key, value in out.items() if has_null(value)}
-    return out
+    reasons = {key: NULL_REASONS.get(key, NULL_REASONS["default"]) for key, value in out.items() if has_null(value)}
+    return out | {"notes": reasons}
 
 
-REASONS = {   # why a value may be null, by the top-level key it stands under
-    **dict.fromkeys(("decay_length", "decay_length_raw"), "the mean correlation is not above 0 at lag 1, or does not fall "
-                    "below its value there / e up to the longest lag"),
+NULL_REASONS = {   # why a value may be null, by the top-level key it stands under
+    "default": f"no pair of tokens, or no latent with {MIN_FIRINGS} firings that varies",
+    "decay_length": "the correlation is not above 0 at lag 1, or never falls below its value there / e",
+    "decay_length_raw": "the correlation is not above 0 at lag 1, or never falls below its value there / e",
     "position_corr": "no row holds the two positions inside one document, or no latent was scored",
-    "clusters": "documents carry no topic label, token identities are unknown, or fewer than 10 latents were scored",
-    "probes": "no topic labels, no tokens, or too few examples of a class on a side of the split",
-    "redundancy": "fewer than 2 latents were scored", "latents": "the latent never varies at that lag",
-} | dict.fromkeys(("autocorr", "autocorr_within", "autocorr_null", "autocorr_within_null", "persistence", "persistence_null",
-                   "kappa", "kappa_null", "span", "span_null", "support_jaccard", "support_jaccard_null", "smoothness_S",
-                   "smoothness_S_null", "position_invariance", "position_invariance_null", "autocorr_raw",
-                   "autocorr_within_raw", "groups"), f"no pair of tokens, or no latent with {MIN_FIRINGS} firings that varies")
+    "clusters": "no topic labels, no token identities, or fewer than 10 latents were scored",
+    "probes": "no topic labels, no tokens, or too few examples of a class on a side of the split"}
 
 
-def sample_blocks(s, raw, rows, own, keep, mass, strings):
+def timeline(codes, seg, rows, context, text, n=12):
+    """The codes of the n most active latents along one passage: the first row that is one document for half its length."""
+    if rows.tokens is None:
+        return None
+    longest = [np.bincount(s[s >= 0], minlength=1) for s in seg.reshape(-1, context)]
+    row = next((i for i, sizes in enumerate(longest) if sizes.max() >= context / 2), int(np.argmax([s.max() for s in longest])))
+    at = row * context + np.flatnonzero(seg[row * context:(row + 1) * context] == longest[row].argmax())
+    passage = codes[at].toarray()
+    latents = np.sort(np.argsort(-np.abs(passage).sum(0), kind="stable")[:n])
+    return {"row": row, "tokens": [text(i) for i in rows.tokens.ravel()[at]], "latents": latents,
+            "codes": plain(passage[:, latents].T, 3), "doc": f"row {row}" + (f", {rows.topics[rows.doc_id.ravel()[at[0]]]}" if rows.topics else "")}
+
+
+def sample_blocks(s, raw, rows, own, keep, mass, text):
     """The blocks that need the codes twice: position matrices, clusters, redundancy, probes, table of latents."""
-    n_rows, context = s.sample.rows, s.context
-    part = slice(0, n_rows)
-    seg = segment_ids(rows.doc_id[part], rows.valid[part])
-    codes = sparse.vstack(s.sample.codes).tocsr()
-    ok = keep & (s.lags.variance > 0)
-    W_dec = s.sae.W_dec.detach().float().cpu()
-    matrices = {"codes": ([c[:, ok] for c in s.sample.codes], s.lags, ok),
-                "raw": ((x.reshape(-1, x.shape[-1]).double().numpy() for x in s.sample.x), raw, raw.variance > 0)}
-    position, toeplitz = {"step": math.ceil(context / MATRIX_SIDE)}, {}
-    for name, (blocks, sums, columns) in matrices.items():
-        if name == "raw":
-            blocks = [b[:, columns] for b in blocks]
-        if columns.any():
-            matrix, count = position_matrix(blocks, seg, sums.mean[columns], np.sqrt(sums.variance[columns]), context)
-            position[name], toeplitz[name] = matrix, toeplitzness(matrix, count)
-        else:
-            position[name], toeplitz[name] = None, None
-    inside = np.where(seg >= 0, rows.doc_id[part].ravel(), -1)
+    part = slice(0, s.sample.rows)
+    seg, codes = segment_ids(rows.doc_id[part], rows.valid[part]), sparse.vstack(s.sample.codes).tocsr()
+    varies, lags = keep & (s.lags.variance > 0), s.lags.lags
+    doc = np.where(seg >= 0, rows.doc_id[part].ravel(), -1)
     tokens = rows.tokens[part].ravel() if rows.tokens is not None else None
     names, topic, token = [], None, None
-    if rows.topics is not None:
-        names, number = np.unique(np.asarray(rows.topics, dtype=str), return_inverse=True)
-        topic = np.where(inside >= 0, number[np.maximum(inside, 0)], -1)
+    if rows.topics is not None:   # a document may go without a label
+        names, number = np.unique([label or "" for label in rows.topics], return_inverse=True)
+        topic = np.where((doc >= 0) & (names[number] != "")[doc], number[doc], -1)
     if tokens is not None:   # identity of the 100 commonest tokens; rarer ones carry no measurable information
-        ids, where, count = np.unique(tokens[inside >= 0], return_inverse=True, return_counts=True)
+        _, where, count = np.unique(tokens[doc >= 0], return_inverse=True, return_counts=True)
         rank = np.argsort(np.argsort(-count, kind="stable"))[where]
         token = np.full(len(tokens), -1)
-        token[inside >= 0] = np.where(rank < 100, rank, -1)
-    name_tokens = lambda found: [strings[i] for i in found]
-    latents, of, xy = np.flatnonzero(ok), np.full(len(keep), -1), np.zeros((0, 2))
+        token[doc >= 0] = np.where(rank < 100, rank, -1)
+
+    position, toeplitz = {"step": math.ceil(s.context / MATRIX_SIDE)}, {}
+    x = (block.reshape(-1, block.shape[-1]).double().numpy() for block in s.sample.x)
+    for name, blocks, sums, columns in (("codes", s.sample.codes, s.lags, varies), ("raw", x, raw, raw.variance > 0)):
+        matrix, count = position_matrix((b[:, columns] for b in blocks), seg, sums.mean[columns],
+                                        np.sqrt(sums.variance[columns]), s.context)
+        position[name], toeplitz[name] = plain(matrix, 5), toeplitzness(matrix, count)
+
+    name_tokens = lambda ids: [text(i) for i in ids]
+    latents, of, xy = np.flatnonzero(varies), np.full(len(keep), -1), np.zeros((varies.sum(), 2))
     block = {"silhouette": None, "list": [], "ami": None}
     if len(latents) >= 10:
-        block, of, xy = clusters(codes, latents, own, topic, token, tokens, mass, s.groups, s.lags.lags, name_tokens)
-    found = redundancy(codes, int((seg >= 0).sum()), tokens, latents, mass, of, W_dec, name_tokens)
-    lag16 = max(k for k, lag in enumerate(s.lags.lags) if lag <= 16)
-    table = {"index": latents, "rate": own["rate"][latents], "mass": mass[latents], "span": own["span"][latents],
-             "autocorr_1": own["autocorr"][0, latents], "autocorr_16": own["autocorr"][lag16, latents],
-             "within_1": own["autocorr_within"][0, latents], "eta2": own["eta2"][latents], "cluster": of[latents],
-             "x": xy[:, 0], "y": xy[:, 1]}
-    classes = token_classes(strings) if tokens is not None else {}
-    return {"position_corr": position | {"toeplitzness": toeplitz}, "clusters": block, "redundancy": found,
-            "latents": {k: plain(v, 3) for k, v in table.items()},
-            "probes": probes(codes, inside, topic, names, classes, tokens, s.groups)}
+        block, of, xy = clusters(codes, latents, own, topic, token, tokens, mass, s.groups, lags, name_tokens)
+    W_dec, n = s.sae.W_dec.detach().float().cpu(), int((seg >= 0).sum())
+    listed = np.sort(np.argsort(-mass[latents], kind="stable")[:MAX_COMPARED])   # the heaviest of a very large dictionary
+    at, lag16 = latents[listed], max(k for k, lag in enumerate(lags) if lag <= 16)
+    table = {"index": at, "rate": own["rate"][at], "mass": s.fidelity.mass[at], "span": own["span"][at],
+             "autocorr_1": own["autocorr"][0, at], "autocorr_16": own["autocorr"][lag16, at],
+             "within_1": own["autocorr_within"][0, at], "eta2": own["eta2"][at], "cluster": of[at],
+             "x": xy[listed, 0], "y": xy[listed, 1]}
+    return {"position_corr": position | {"toeplitzness": toeplitz}, "clusters": block,
+            "redundancy": redundancy(codes, n, tokens, at, mass, of, W_dec, name_tokens),
+            "latents": {k: plain(v, 3) for k, v in table.items()}, "timeline": timeline(codes, seg, rows, s.context, text),
+            "probes": probes(codes, doc, topic, names, tokens, text, s.groups)}
 
 
 # ------------------------------------------------------------------------------------------------ scoring a run
@@ -1048,7 +1065,7 @@ def summarise(per_seed, mcc):
 
 
 def load_inputs(exp, cfg, rows_file, reconstruction_rows):
-    """The rows and what yields their activations. -> (model or None, name of each token, CE rows, other rows, acts)"""
+    """The rows and what yields their activations. -> (model or None, id -> text, CE rows, other rows, acts)"""
     if getattr(cfg, "acts", ""):
         if rows_file:
             raise ValueError("--rows needs a language model, but this run was trained on an activations file")
@@ -1060,11 +1077,9 @@ def load_inputs(exp, cfg, rows_file, reconstruction_rows):
     check_tokens(rows.tokens, model, tokenizer)
     if not 0 <= reconstruction_rows < len(rows.tokens):
         raise ValueError(f"{reconstruction_rows} rows for CE/KL leave none of the {len(rows.tokens)} rows for the other metrics")
-    vocab = model.get_input_embeddings().weight.shape[0]
-    strings = [s or "" for s in tokenizer.convert_ids_to_tokens(list(range(vocab)))]
     for_ce, rest = (Rows(rows.tokens[p], rows.doc_id[p], rows.valid[p], rows.topics)
                     for p in (slice(0, reconstruction_rows), slice(reconstruction_rows, None)))
-    return model, strings, for_ce, rest, None
+    return model, token_text(tokenizer), for_ce, rest, None
 
 
 def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtype=None, out=None, device=None):
@@ -1079,7 +1094,7 @@ def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtyp
     n_ce = cfg.reconstruction_rows if reconstruction_rows is None else reconstruction_rows
     weights = [sha256(d / "sae_weights.safetensors") for d in seed_dirs]
     saes = [exp.load_sae(d) for d in seed_dirs]    # before the slow part: a broken file is refused at once
-    model, strings, ce_rows, rows, acts = load_inputs(exp, cfg, rows_file, n_ce)
+    model, text, ce_rows, rows, acts = load_inputs(exp, cfg, rows_file, n_ce)
     where = next(model.parameters()).device if model is not None else torch.device("cpu")
     if where.type != "cpu":
         saes = [exp.load_sae(d, device=str(where)) for d in seed_dirs]
@@ -1097,6 +1112,8 @@ def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtyp
     scorers, raw = stream(exp, cfg, model, rows, acts, saes, n_high)
 
     context, seg = rows.doc_id.shape[1], segment_ids(rows.doc_id, rows.valid)
+    name = Path(rows_file).stem if rows_file else dataset_name(cfg)
+    used = str(next(model.parameters()).dtype).removeprefix("torch.") if model is not None else str(acts.dtype)
     counts = {"rows": len(rows.doc_id), "reconstruction_rows": len(ce_rows.doc_id), "context": context,
               "tokens": int(rows.valid.sum()), "documents": len(np.unique(rows.doc_id[rows.valid])),
               "segments": len(np.unique(seg[seg >= 0]))}
@@ -1105,16 +1122,15 @@ def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtyp
     files, heads = {}, []
     for seed_dir, weight, s, lm in zip(seed_dirs, weights, scorers, behaviour):
         hashes = {"evaluate": SOURCE_SHA256, "rows": rows_hash, "weights": weight}
-        core = core_json(cfg, seed_dir, s.sae, s.fidelity, lm, counts, hashes, cfg.dtype, dict(notes))
+        core = core_json(cfg, seed_dir, s.sae, s.fidelity, lm, counts, hashes, name, used, dict(notes))
         core_notes = core["eval_result_unstructured"]["notes"]
         if has_null(core["eval_result_metrics"]) and not core_notes:
-            core_notes["eval_result_metrics"] = "null: the activations do not vary or the reconstruction is all zero"
-        consistency = consistency_json(s, raw, rows, counts, hashes, strings)
+            core_notes["eval_result_metrics"] = "null is 0/0: activations that do not vary, or an all-zero reconstruction"
+        consistency = consistency_json(s, raw, rows, counts, hashes, text)
         home = out if cfg.n_seeds == 1 else out / seed_dir.name
         files |= {home / "core.json": core, home / "consistency.json": consistency}
         heads.append(headline(core, consistency))
-    mcc = pw_mcc([s.W_dec for s in saes]) if len(saes) > 1 else None
-    name = Path(rows_file).stem if rows_file else dataset_name(cfg)
+    mcc = pw_mcc([s.W_dec for s in saes])
     final = {name: summarise(heads, mcc)}
     write_json(files | {out / "final_info.json": final})
     return final
@@ -1125,8 +1141,7 @@ def print_scores(final):
     print("---")
     for block in final.values():
         for name, value in block["means"].items():
-            error = f" +- {block['stderrs'][name]:.2g}" if name in block["stderrs"] else ""
-            print(f"{name}: {value:.6g}{error}")
+            print(f"{name}: {value:.6g}")
 
 
 # ------------------------------------------------------------------------------------------------ reading one latent
@@ -1141,7 +1156,7 @@ def feature_report(run_dir, exp, latent, rows_file=None, dtype=None, device=None
     d_sae = sae.W_dec.shape[0]
     if not 0 <= latent < d_sae:
         raise ValueError(f"latent {latent} is out of range: this dictionary holds 0 to {d_sae - 1}")
-    model, strings, _, rows, acts = load_inputs(exp, cfg, rows_file, cfg.reconstruction_rows)
+    model, text, _, rows, acts = load_inputs(exp, cfg, rows_file, cfg.reconstruction_rows)
     f = np.zeros(rows.doc_id.size)   # this latent alone, at every token
     end = 0
     for x, seg in batches(exp, cfg, model, rows, acts):
@@ -1161,12 +1176,11 @@ def feature_report(run_dir, exp, latent, rows_file=None, dtype=None, device=None
               f"{one['within_1']} within documents, position eta^2 {one['eta2']}, cluster {cluster}")
     if model is None:
         return
-    show = lambda i: strings[i].replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\\n")
+    show = lambda i: text(int(i)).replace("\n", "\\n")
     head = model.get_output_embeddings()
     if head is not None:
         logits = head.weight.float().cpu() @ sae.W_dec[latent].float().cpu()
-        print("  pushes up  ", "  ".join(repr(show(i)) for i in logits.topk(10).indices.tolist()))
-        print("  pushes down", "  ".join(repr(show(i)) for i in (-logits).topk(10).indices.tolist()))
+        print("  pushes up", "  ".join(repr(show(i)) for i in logits.topk(10).indices.tolist()))
     grid = f.reshape(rows.doc_id.shape)
     for row in np.argsort(-grid.max(1), kind="stable")[:passages]:
         if grid[row].max() <= 0:
@@ -1192,7 +1206,8 @@ def compare(run_dirs):
         hashes = read_json(core)["eval_result_unstructured"]["hashes"]
         judges.append((hashes["evaluate"], hashes["rows"]))
     names = list(dict.fromkeys(name for info in infos for name in info["means"]))
-    table = [["", *(f"{run.name}" for run in run_dirs), *(f"{run.name} - {run_dirs[0].name}" for run in run_dirs[1:])]]
+    title = [run.name for run in run_dirs] if len({run.name for run in run_dirs}) == len(run_dirs) else list(map(str, run_dirs))
+    table = [["", *title, *(f"{t} - {title[0]}" for t in title[1:])]]
     for name in names:
         line = [name]
         for info in infos:
@@ -1212,12 +1227,12 @@ def compare(run_dirs):
     for row in table:
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
     l0 = [info["means"].get("l0") for info in infos]
-    for run, value, judge in zip(run_dirs[1:], l0[1:], judges[1:]):
+    for run, value, judge in zip(title[1:], l0[1:], judges[1:]):
         if l0[0] and value and abs(value / l0[0] - 1) > 0.01:
-            print(f"note: {run.name} has L0 {value:.4g} against {l0[0]:.4g}: not within 1 %, so smoothness and "
+            print(f"note: {run} has L0 {value:.4g} against {l0[0]:.4g}: not within 1 %, so smoothness and "
                   "autocorrelation are not comparable")
         if judge != judges[0]:
-            print(f"note: {run.name} was scored by another evaluate.py or on other rows than {run_dirs[0].name}")
+            print(f"note: {run} was scored by another evaluate.py or on other rows than {title[0]}")
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1270,11 +1285,11 @@ def main(argv=None):
         print_scores(final)
         print(f"written: {args.out or runs[0]}")
         return 0
-    except ValueError as err:
-        print(f"evaluate.py: {err}", file=sys.stderr)
-        return 2
+    except (ValueError, RuntimeError, OSError, MemoryError) as err:
+        print(f"error: {str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__}", file=sys.stderr)
+        return 2 if isinstance(err, ValueError) else 1
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted, nothing was written", file=sys.stderr)
+        print("interrupted: nothing was written", file=sys.stderr)
         return 130
 
 

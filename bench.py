@@ -1,0 +1,194 @@
+"""Speed: harvest, training step, end to end, each as a ratio to what the machine itself can do in the same minute.
+
+    python bench.py                       # the embedded model; ~5 minutes on 2 cores
+    python bench.py --acts acts.npy       # training steps only, on your own (N,d_in) or (N,T,d_in) float32 activations
+
+Absolute rates drift by tens of per cent on a shared machine; ratios taken in interleaved rounds do not. The dense
+roofline is the five matrix products that a dense SAE step cannot do without (encode, decode, and the gradients of the
+codes and of both weights), outputs preallocated, in float32 and in bfloat16. Results: a table, and bench.json.
+"""
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import experiment
+from experiment import SAE, Config, Trainer
+
+BATCH, K = 4096, 32
+KINDS = ("l1", "topk", "batchtopk", "batchtopk+temporal")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is timed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def roofline(d_in, d_sae, dtype):
+    """The five dense products of a step: returns step(acts)."""
+    make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    W_enc, W_dec, acts, error = make(d_in, d_sae), make(d_sae, d_in), make(BATCH, d_sae), make(BATCH, d_in)
+    codes, x_hat, d_dec, d_enc = (torch.empty(s, dtype=dtype) for s in ((BATCH, d_sae), (BATCH, d_in), (d_sae, d_in), (d_in, d_sae)))
+
+    def step(x):
+        x = x.to(dtype)
+        torch.mm(x, W_enc, out=codes), torch.mm(acts, W_dec, out=x_hat)
+        torch.mm(acts.t(), error, out=d_dec), torch.mm(error, W_dec.t(), out=codes), torch.mm(x.t(), acts, out=d_enc)
+
+    return step
+
+
+def make_step(d_in, d_sae, k, kind, matmul_dtype="auto", device="cpu"):
+    """A training step as experiment.py does it, AuxK and logging included.
+
+    kind: l1, topk, batchtopk or batchtopk+temporal. Returns step(acts) -> loss (0-dim tensor); acts (batch, d_in)
+    float32 on `device`, consecutive rows being consecutive tokens. Scale and mean are taken from the first batch."""
+    sparsity, _, temporal = kind.partition("+")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind} is not one of {', '.join(KINDS)}")
+    default = Config()
+    cfg = Config(d_sae=d_sae, k=min(k, d_sae), sparsity=sparsity, matmul_dtype=matmul_dtype, device=device,
+                 temp_alpha=default.temp_alpha if temporal else 0.0)
+    state = {}
+
+    def step(acts):
+        if not state:
+            mean, power = acts.double().mean(0), acts.double().square().sum(1).mean()
+            scale = float((d_in / power).sqrt())
+            sae = SAE(d_in, d_sae, cfg.k, sparsity)
+            sae.initialise(cfg.init, (mean * scale).float().cpu(), torch.Generator().manual_seed(0))
+            state.update(scale=scale, trainer=Trainer(cfg, sae, float(power - mean.square().sum()) * scale**2, 0.1, device), n=cfg.steps // 2)
+        mask = torch.ones(len(acts) // cfg.chunk_size, cfg.chunk_size, dtype=torch.int32, device=acts.device)
+        n = state["n"] = state["n"] + 1  # from the middle of a run on: the temporal loss is at its full weight
+        return state["trainer"].step(acts * state["scale"], mask, len(acts), n, log=n % cfg.log_every == 0)["loss"]
+
+    return step
+
+
+def peak_gb():
+    """Peak resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def interleave(contenders, batches, rounds):
+    """{name: step} -> {name: [seconds a step]}: rounds of two untimed and three timed steps, the order rotating."""
+    times, names, at = {name: [] for name in contenders}, list(contenders), 0
+    for r in range(rounds):
+        for name in names[r % len(names):] + names[: r % len(names)]:
+            for i in range(5):
+                x = batches[at % len(batches)]
+                at += 1
+                began = time.perf_counter()
+                contenders[name](x)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                if i >= 2:
+                    times[name].append(time.perf_counter() - began)
+    return times
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------------------
+
+
+def bench_steps(batches, widths, rounds, device):
+    """Rows for every kind at every width: tokens/s and the ratio to both rooflines of that width."""
+    rows, d_in = [], batches[0].shape[1]
+    for d_sae in widths:
+        contenders = {f"roofline {n}": roofline(d_in, d_sae, getattr(torch, n)) for n in ("float32", "bfloat16")}
+        contenders |= {kind: make_step(d_in, d_sae, K, kind, device=device) for kind in KINDS}
+        contenders["batchtopk float32"] = make_step(d_in, d_sae, K, "batchtopk", "float32", device)
+        for _ in range(12):  # past initialisation: codes, threshold and Adam's state are those of a running training
+            for name, step in contenders.items():
+                step(batches[_ % len(batches)]) if "roofline" not in name else None
+        median = {name: float(np.median(t)) for name, t in interleave(contenders, batches, rounds).items()}
+        for name, seconds in median.items():
+            rows.append({"part": f"step {name}", "d_sae": d_sae, "tokens_per_s": BATCH / seconds,
+                         "ratio_float32": median["roofline float32"] / seconds,
+                         "ratio_bfloat16": median["roofline bfloat16"] / seconds, "peak_gb": peak_gb()})
+        rows[-2]["temporal_overhead"] = median["batchtopk+temporal"] / median["batchtopk"] - 1
+    return rows
+
+
+def bench_harvest(rounds):
+    """Our harvest against the bare forward of a model cut off above the hooked block; and activations to train on."""
+    cfg = Config()
+    model, tokenizer = experiment.load_lm(cfg)
+    tokens = torch.from_numpy(experiment.load_rows(cfg, tokenizer, "eval").tokens)
+    blocks, base, kept = experiment.decoder_blocks(model), model.base_model, []
+
+    def bare(rows):
+        base.layers, base.config.num_hidden_layers = blocks[: cfg.layer + 1], cfg.layer + 1
+        with torch.inference_mode():
+            base(rows, use_cache=False)
+        base.layers, base.config.num_hidden_layers = blocks, len(blocks)
+
+    def ours(rows):
+        kept.append(experiment.residuals(model, rows, cfg.layer))
+
+    times = {"bare": [], "ours": []}
+    for r in range(4 * rounds):
+        rows = tokens[8 * r % 400 : 8 * r % 400 + 8]
+        for name, forward in (("bare", bare), ("ours", ours)) if r % 2 else (("ours", ours), ("bare", bare)):
+            began = time.perf_counter()
+            forward(rows)
+            times[name].append(time.perf_counter() - began)
+    median = {name: float(np.median(t[2:])) for name, t in times.items()}
+    row = {"part": "harvest", "tokens_per_s": tokens[:8].numel() / median["ours"], "bare_tokens_per_s": tokens[:8].numel() / median["bare"],
+           "ratio_bare": median["bare"] / median["ours"], "peak_gb": peak_gb()}
+    x = torch.cat([experiment.residuals(model, tokens[i : i + 8], cfg.layer) for i in range(0, len(tokens), 8)])
+    return row, x[:, 1:].reshape(-1, x.shape[-1]).float()  # position 0 is the BOS
+
+
+def show(rows):
+    """The aligned table."""
+    print(f"{'part':26s} {'d_sae':>6s} {'tokens/s':>9s} {'x fp32 roof':>11s} {'x bf16 roof':>11s} {'peak GB':>8s}")
+    for r in rows:
+        number = lambda key, form: format(r[key], form) if key in r else ""
+        print(f"{r['part']:26s} {number('d_sae', 'd'):>6s} {number('tokens_per_s', ',.0f'):>9s} {number('ratio_float32', '.2f'):>11s} "
+              f"{number('ratio_bfloat16', '.2f'):>11s} {r['peak_gb']:8.2f}"
+              + (f"   {r['ratio_bare']:.2f} of the bare forward" if "ratio_bare" in r else "")
+              + (f"   temporal loss adds {r['temporal_overhead']:+.1%}" if "temporal_overhead" in r else ""))
+
+
+def main(argv=None):
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--acts", help="activations to train on; leaves the harvest out")
+    parser.add_argument("--d_sae", type=int, nargs="+", default=[2304, 4608, 9216], help="widths")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--device", default="cpu", help="any torch device")
+    parser.add_argument("--out", default="bench.json", help="where the numbers go")
+    args = parser.parse_args(argv)
+    rows = []
+    if args.acts:
+        acts = torch.from_numpy(np.array(np.load(args.acts, mmap_mode="r", allow_pickle=False)[: 64 * BATCH], dtype=np.float32))
+        acts = acts.reshape(-1, acts.shape[-1])
+    else:
+        row, acts = bench_harvest(args.rounds)
+        rows.append(row)
+    batches = [acts[i : i + BATCH].to(args.device) for i in range(0, len(acts) - BATCH + 1, BATCH)]
+    if not batches:
+        print(f"error: --acts needs at least {BATCH} tokens", file=sys.stderr)
+        return 2
+    rows += bench_steps(batches, args.d_sae, args.rounds, args.device)
+    if not args.acts:
+        # end to end: one pass of harvest and three of training per token, as in a default run
+        cfg, step = Config(), next(r for r in rows if r["part"] == "step batchtopk+temporal")
+        seconds = cfg.harvest_tokens / rows[0]["tokens_per_s"] + cfg.train_tokens / step["tokens_per_s"]
+        rows.append({"part": "harvest + train", "tokens_per_s": cfg.train_tokens / seconds, "peak_gb": peak_gb()})
+    show(rows)
+    Path(args.out).write_text(json.dumps({"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                                          "torch": torch.__version__, "batch": BATCH, "k": K, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
