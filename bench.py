@@ -2,6 +2,7 @@
 
     python bench.py                       # the embedded model; ~5 minutes on 2 cores
     python bench.py --acts acts.npy       # training steps only, on your own (N,d_in) or (N,T,d_in) float32 activations
+    python bench.py --truth --temp_alpha 0.12     # not speed: is a dictionary that is known found again? (truth.json)
 
 Absolute rates drift by tens of per cent on a shared machine; ratios taken in interleaved rounds do not. The dense
 roofline is the five matrix products that a dense SAE step cannot do without (encode, decode, and the gradients of the
@@ -12,6 +13,7 @@ import json
 import platform
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -94,6 +96,73 @@ def interleave(contenders, batches, rounds):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The truth test: activations whose dictionary is known
+# ------------------------------------------------------------------------------------------------------------
+
+N_SLOW, N_FAST, D_TRUE = 60, 100, 64
+
+
+def synthetic_acts(n_rows, seed, T=128, lasts=12.0, active=5.0, noise=0.05):
+    """x = c @ atoms + mean + noise: slow atoms stay on for `lasts` tokens on average, fast ones are drawn at each token.
+
+    On average `active` of either kind are on. Returns x (n_rows,T,64) float32, atoms (160,64) unit rows, the slow first,
+    codes c (n_rows,T,160). The atoms and the mean do not depend on `seed`."""
+    fixed, g = np.random.default_rng(1000), np.random.default_rng(seed)
+    atoms = fixed.standard_normal((N_SLOW + N_FAST, D_TRUE))
+    atoms, mean = atoms / np.linalg.norm(atoms, axis=1, keepdims=True), fixed.standard_normal(D_TRUE)
+    p_off, p = 1 / lasts, active / N_SLOW
+    p_on = p_off * p / (1 - p)  # so that the share p is on at any time
+    size = lambda *shape: g.uniform(0.7, 1.3, shape)
+    codes = np.zeros((n_rows, T, N_SLOW + N_FAST))
+    on, strength = g.random((n_rows, N_SLOW)) < p, size(n_rows, N_SLOW)
+    for t in range(T):
+        u = g.random((n_rows, N_SLOW))
+        starts = ~on & (u < p_on)
+        on = (on & (u >= p_off)) | starts if t else on
+        strength = np.where(starts, size(n_rows, N_SLOW), strength)
+        codes[:, t, :N_SLOW] = on * strength * g.uniform(0.9, 1.1, on.shape)
+    codes[..., N_SLOW:] = (g.random((n_rows, T, N_FAST)) < active / N_FAST) * size(n_rows, T, N_FAST)
+    x = codes @ atoms + mean + noise * g.standard_normal((n_rows, T, D_TRUE))
+    return x.astype(np.float32), atoms.astype(np.float32), codes
+
+
+def truth(flags, seeds, out, n_rows=3456, steps=1000):
+    """Train on synthetic_acts with `flags` and without a temporal loss, `seeds` seeds each, through experiment.main.
+
+    Prints, and writes to `out`, mean and standard error of: recovery (mean over true atoms of the best decoder cosine)
+    of slow and of fast atoms, the autocorrelation of the latents that match slow atoms (and its true value)."""
+    held_out, atoms, codes = synthetic_acts(192, seed=2)
+    slow = codes[..., :N_SLOW]
+    corr = lambda z: np.mean([np.corrcoef(z[:, :-1, i].ravel(), z[:, 1:, i].ravel())[0, 1] for i in range(z.shape[-1])])
+    result = {"flags": flags, "seeds": seeds, "steps": steps, "true_slow_autocorr": corr(slow)}
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/acts.npy", synthetic_acts(n_rows, seed=1)[0])
+        for arm, extra in (("control", ["--temp_alpha", "0"]), ("temporal", flags)):
+            code = experiment.main(["--out_dir", f"{folder}/{arm}", "--acts", f"{folder}/acts.npy", "--d_sae", "256", "--k", "12",
+                                    "--train_tokens", str(steps * BATCH), "--lr", "0.02", "--dead_tokens", "40000", "--eval_rows", "64",
+                                    "--reconstruction_rows", "1", "--n_seeds", str(seeds), *extra])
+            if code:
+                return code
+            rows = {"slow_recovery": [], "fast_recovery": [], "slow_autocorr": []}
+            for seed in range(seeds):
+                sae = experiment.load_sae(f"{folder}/{arm}/seed_{seed}")
+                best = (torch.from_numpy(atoms) @ sae.W_dec.t()).max(1)
+                rows["slow_recovery"].append(float(best.values[:N_SLOW].mean()))
+                rows["fast_recovery"].append(float(best.values[N_SLOW:].mean()))
+                found = sae.encode(torch.from_numpy(held_out))[0][..., best.indices[:N_SLOW]].numpy()
+                rows["slow_autocorr"].append(float(corr(found)))
+            info = next(iter(json.loads(Path(f"{folder}/{arm}/final_info.json").read_text()).values()))["final_info_dict"]
+            result[arm] = rows | {name: info[name] for name in ("explained_variance", "l0", "frac_alive")}
+    print(f"---\ntrue slow autocorrelation: {result['true_slow_autocorr']:.4f}")
+    for name in result["control"]:
+        a, b = np.array(result["control"][name]), np.array(result["temporal"][name])
+        error = np.std(b - a, ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan")
+        print(f"{name}: control {a.mean():.4f}  temporal {b.mean():.4f}  difference {np.mean(b - a):+.4f} ± {error:.4f}")
+    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The table
 # ------------------------------------------------------------------------------------------------------------
 
@@ -165,8 +234,14 @@ def main(argv=None):
     parser.add_argument("--d_sae", type=int, nargs="+", default=[2304, 4608, 9216], help="widths")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--device", default="cpu", help="any torch device")
-    parser.add_argument("--out", default="bench.json", help="where the numbers go")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", default="", help="where the numbers go (bench.json, or truth.json)")
+    parser.add_argument("--truth", action="store_true", help="the truth test instead; further flags are experiment.py's")
+    parser.add_argument("--seeds", type=int, default=3, help="of the truth test")
+    args, flags = parser.parse_known_args(argv)
+    if args.truth:
+        return truth(flags, args.seeds, args.out or "truth.json")
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     rows = []
     if args.acts:
         acts = torch.from_numpy(np.array(np.load(args.acts, mmap_mode="r", allow_pickle=False)[: 64 * BATCH], dtype=np.float32))
@@ -185,7 +260,7 @@ def main(argv=None):
         seconds = cfg.harvest_tokens / rows[0]["tokens_per_s"] + cfg.train_tokens / step["tokens_per_s"]
         rows.append({"part": "harvest + train", "tokens_per_s": cfg.train_tokens / seconds, "peak_gb": peak_gb()})
     show(rows)
-    Path(args.out).write_text(json.dumps({"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+    Path(args.out or "bench.json").write_text(json.dumps({"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                                           "torch": torch.__version__, "batch": BATCH, "k": K, "rows": rows}, indent=1) + "\n")
     return 0
 

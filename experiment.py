@@ -77,7 +77,7 @@ class Config:
     text_field: str = flag("text", "column of a hub or local data set that holds the text")
     acts: str = flag("", ".npy file (N,T,d_in) of your own activations instead of an LM and text")
     context_size: int = flag(128, "tokens a row, BOS included")
-    harvest_tokens: int = flag(1_000_000, "distinct training tokens to cache (rounded up to whole rows)")
+    harvest_tokens: int = flag(524_288, "distinct training tokens to cache (rounded up to whole rows)")
     eval_rows: int = flag(464, "held-out rows, from documents that are never trained on")
     reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL; the rest for the variance metrics")
     cache_dir: str = flag("", "tokens, activations and the embedded wheels; default ~/.cache/temporal-sae")
@@ -92,7 +92,7 @@ class Config:
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent, b_dec = 0", ("tied", "xavier"))
     # -- the temporal loss
     temp_loss: str = flag("selective", "see the section on losses", ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.12, "weight of the temporal loss; 0 is the baseline")
+    temp_alpha: float = flag(0.09, "weight of the temporal loss; 0 is the baseline")
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
     temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
                            "active; post, the codes themselves", ("pre", "post"))
@@ -1377,8 +1377,8 @@ def run(cfg, stop):
     run_dir, seeds = cfg.run_dir, range(cfg.seed, cfg.seed + cfg.n_seeds)
     check_claim(cfg)
     run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with held(run_dir / ".lock"):
+    with held(run_dir / ".lock"):
+        try:
             # a seed is done when its cfg.json is there; what is in the way goes only when there is something to train on
             todo = [s for s in seeds if not (cfg.resume and (run_dir / f"seed_{s}" / "cfg.json").exists())]
             harvest = load_harvest(cfg, stop) if todo else None
@@ -1393,9 +1393,9 @@ def run(cfg, stop):
                 say(f"seed {seed}: weights {trained[:12]} saved in {run_dir / f'seed_{seed}'}")
             shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
             return evaluate.evaluate_run(run_dir, sys.modules[__name__])
-    finally:
-        if [p.name for p in run_dir.iterdir()] == [".lock"]:
-            shutil.rmtree(run_dir)  # nothing came of it: leave nothing behind
+        finally:
+            if [p.name for p in run_dir.iterdir()] == [".lock"]:
+                shutil.rmtree(run_dir)  # nothing came of it: leave nothing behind
 
 
 def parse(argv):

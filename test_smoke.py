@@ -35,6 +35,7 @@ import experiment
 
 HERE = Path(__file__).resolve().parent
 WIDTH, LAYERS, POSITIONS = 32, 3, 64
+CHOICES = {f.name: f.metadata["choices"] for f in experiment.fields(experiment.Config)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,10 +151,33 @@ def base(work, tiny):
     return out
 
 
+@contextlib.contextmanager
+def no_scoring():
+    """For what looks at weights and logs only."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluate, "evaluate_run", lambda *a, **k: {"none": {"means": {}}})
+        yield
+
+
 @pytest.fixture
-def unscored(monkeypatch):
-    """For tests that look at weights and logs only: scoring is left out."""
-    monkeypatch.setattr(evaluate, "evaluate_run", lambda *a, **k: {"none": {"means": {}}})
+def unscored():
+    with no_scoring():
+        yield
+
+
+@pytest.fixture(scope="session")
+def baseline(work, tiny):
+    """A run without the temporal loss, unscored; its weights and log are compared with others."""
+    with no_scoring():
+        assert experiment.main(argv(tiny, out_dir=work / "baseline", temp_alpha=0)) == 0
+    return work / "baseline"
+
+
+@pytest.fixture(scope="session")
+def seeds(work, tiny):
+    """The base run's command with two seeds."""
+    assert experiment.main(argv(tiny, out_dir=work / "seeds", n_seeds=2)) == 0
+    return work / "seeds"
 
 
 def read(path):
@@ -342,7 +366,7 @@ def test_consistency_equals_loops_over_pairs(scored, by_hand):
     segments = segments_of(rows, ok)
     f_valid = f[ok]
     fires, rate = (f_valid != 0).sum(0), (f_valid != 0).mean(0)
-    mass = np.abs(f_valid).sum(0) * h.w["W_dec"].norm(dim=1).numpy()
+    mass = fires  # firing mass: how often, not how strongly
     scored_latents = [i for i in range(64) if fires[i] >= 20]
     assert len(scored_latents) >= 10, "the test needs latents that fire"
     high = round(.2 * 64)
@@ -501,6 +525,7 @@ def test_a_latent_and_its_copy_are_found_redundant(base, work):
     _, consistency = judge(base, work, sae, "copied")
     top = consistency["redundancy"]["top_pairs"][0]
     assert sorted(top["latents"]) == sorted([busy, idle]) and top["corr"] == pytest.approx(1) and top["decoder_cosine"] == pytest.approx(1)
+    assert 2 / consistency["redundancy"]["latents"] <= consistency["redundancy"]["share_above_0.9"] < .5, "a latent is not its own partner"
 
 
 def test_matching_across_seeds_undoes_a_permutation():
@@ -573,6 +598,21 @@ def test_no_document_is_both_trained_on_and_judged(tiny, tokenizer):
     train, held_out = (experiment.load_rows(config(tiny), tokenizer, s) for s in ("train", "eval"))
     assert len(held_out.tokens) == 48 and len(train.tokens) > 48
     assert not set(train.doc_id.ravel()) & set(held_out.doc_id.ravel())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_harvest_is_the_residual_stream_of_the_rows(tiny, dtype):
+    cfg = config(tiny, dtype=dtype, harvest_tokens=1024)
+    model, tokenizer = experiment.load_lm(cfg)
+    rows, harvest = experiment.load_rows(cfg, tokenizer, "train"), experiment.load_harvest(cfg, experiment.Stop())
+    acts = experiment.as_float(np.array(harvest.acts))
+    assert model.dtype == getattr(torch, dtype) and acts.shape == (32, 32, WIDTH)
+    assert torch.equal(acts, torch.cat([experiment.residuals(model, rows.tokens[i:i + 8], 1) for i in range(0, 32, 8)]).float())
+    assert ((harvest.mask > 0) == rows.valid).all(), "special tokens are not trained on"
+    assert (harvest.mask[rows.valid] == rows.doc_id[rows.valid] + 1).all()
+    x = acts[torch.from_numpy(rows.valid)] * harvest.scale
+    assert x.square().sum(1).mean().item() == pytest.approx(WIDTH, rel=1e-4) and torch.allclose(x.mean(0), harvest.mean, atol=1e-4)
+    assert ((x - x.mean(0)).square().sum(1).mean().item()) == pytest.approx(harvest.variance, rel=1e-4)
 
 
 @pytest.fixture
@@ -766,17 +806,6 @@ def test_batchtopk_takes_exactly_the_largest():
         assert torch.allclose(values, pre[pairs.token, pairs.latent]) and threshold == values.min()
 
 
-@pytest.fixture(scope="module")
-def baseline(work, tiny):
-    """A run without the temporal loss, trained in one go, unscored; its weights and log are compared with others."""
-    keep, evaluate.evaluate_run = evaluate.evaluate_run, lambda *a, **k: {"none": {"means": {}}}
-    try:
-        assert experiment.main(argv(tiny, out_dir=work / "baseline", temp_alpha=0)) == 0
-    finally:
-        evaluate.evaluate_run = keep
-    return work / "baseline"
-
-
 def same_weights(a, b):
     a, b = load_file(a / "seed_0" / "sae_weights.safetensors"), load_file(b / "seed_0" / "sae_weights.safetensors")
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
@@ -815,27 +844,21 @@ def test_training_learns_and_keeps_its_sparsity(base):
     log, means = log_lines(base), next(iter(read(base / "final_info.json").values()))["means"]
     assert [line["step"] for line in log] == [*range(0, 40, 5), 39]
     assert log[-1]["recon"] < .8 * log[0]["recon"] and log[-1]["l0"] == pytest.approx(4, abs=.1)
+    assert log[0]["lr"] == pytest.approx(3e-3 / 6) and log[-1]["lr"] == pytest.approx(3e-4, rel=.05), "warm-up, then down to a tenth"
     assert all({"loss", "recon", "lr", "l0", "dead", "tokens_per_s"} <= set(json.loads(l)) for l in (base / "log.jsonl").read_text().splitlines())
     assert means["explained_variance"] > .2 and means["l0"] == pytest.approx(4, rel=.25)
 
 
-def test_the_weights_that_were_judged_are_the_trained_ones(work, tiny, monkeypatch):
-    trained = []
-    real = experiment.train
+def test_the_same_command_gives_the_same_bytes_and_judges_what_it_trained(work, tiny, base, monkeypatch):
+    trained, real, out = [], experiment.train, work / "same_command"
     monkeypatch.setattr(experiment, "train", lambda *a: trained.append(real(*a)) or trained[-1])
-    out = work / "hashed"
     assert experiment.main(argv(tiny, out_dir=out)) == 0
-    on_disk = load_file(out / "seed_0" / "sae_weights.safetensors")
-    assert all(torch.equal(p, on_disk[n]) for n, p in trained[0].named_parameters())
-    judged = read(out / "core.json")["eval_result_unstructured"]["hashes"]["weights"]
-    assert judged == hashlib.sha256((out / "seed_0" / "sae_weights.safetensors").read_bytes()).hexdigest()
-
-
-def test_the_same_command_twice_gives_the_same_bytes(base, work):
-    # `hashed` is the base command once more, in another directory
-    assert (work / "hashed" / "final_info.json").read_bytes() == (base / "final_info.json").read_bytes()
-    assert same_weights(work / "hashed", base) and log_lines(work / "hashed") == log_lines(base)
-    assert (work / "hashed" / "consistency.json").read_bytes() == (base / "consistency.json").read_bytes()
+    file = out / "seed_0" / "sae_weights.safetensors"
+    assert all(torch.equal(p, load_file(file)[n]) for n, p in trained[0].named_parameters())
+    assert read(out / "core.json")["eval_result_unstructured"]["hashes"]["weights"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert same_weights(out, base) and log_lines(out) == log_lines(base)
+    for name in ("final_info.json", "consistency.json", "seed_0/reference.safetensors"):
+        assert (out / name).read_bytes() == (base / name).read_bytes(), name
 
 
 def test_scoring_again_gives_the_same_numbers(base, work, capsys):
@@ -855,7 +878,6 @@ def test_what_main_prints(tiny, base, capsys, monkeypatch):
     assert any(line.startswith("explained_variance: 0.") for line in block) and str(base) in block[-2] and block[-1].startswith("next: python ")
 
 
-CHOICES = {f.name: f.metadata["choices"] for f in experiment.fields(experiment.Config)}
 VARIANTS = {"gelu": dict(nonlinearity="gelu"), "layernorm": dict(layernorm=True), "skip": dict(skip=True), "topk": dict(sparsity="topk"),
             "l1": dict(sparsity="l1", l1_alpha=.02), "xavier": dict(init="xavier"),
             "high": dict(temporal_fraction=.25, matryoshka_alpha=.5, schedule="constant", grad_clip=0),
@@ -864,10 +886,21 @@ VARIANTS = {"gelu": dict(nonlinearity="gelu"), "layernorm": dict(layernorm=True)
             "all": dict(nonlinearity="gelu", layernorm=True, skip=True, sparsity="topk", init="xavier", auxk_alpha=0)}
 
 
+@pytest.fixture(scope="session")
+def variant(work, tiny):
+    """name -> the run of that variant, unscored, made once."""
+    def run(name):
+        out = work / f"variant_{name}"
+        if not out.exists():
+            with no_scoring():
+                assert experiment.main(argv(tiny, out_dir=out, **VARIANTS[name])) == 0
+        return out
+    return run
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_train_and_save_what_they_trained(work, tiny, name, unscored):
-    out = work / f"variant_{name}"
-    assert experiment.main(argv(tiny, out_dir=out, **VARIANTS[name])) == 0
+def test_variants_train_and_save_what_they_trained(tiny, variant, name):
+    out = variant(name)
     log = log_lines(out)
     assert log[-1]["recon"] < log[0]["recon"] and all(math.isfinite(v) for line in log for v in line.values())
     reference = load_file(out / "seed_0" / "reference.safetensors")
@@ -875,14 +908,21 @@ def test_variants_train_and_save_what_they_trained(work, tiny, name, unscored):
     assert reference["x"].shape == (8, WIDTH)
     acts, info = sae.encode(reference["x"])
     assert torch.allclose(acts, reference["acts"], atol=1e-6) and torch.allclose(sae.decode(acts, info), reference["x_hat"], atol=1e-6)
+    # the saved SAE on raw activations does what the trainer logged at its last step: scale, threshold, LayerNorm all carried over
+    harvest = experiment.load_harvest(config(tiny), experiment.Stop())
+    x = experiment.as_float(np.array(harvest.acts))[torch.from_numpy(harvest.mask > 0)]
+    codes, info = sae.encode(x)
+    unexplained = (x - sae.decode(codes, info)).square().sum() / (x - x.mean(0)).square().sum()
+    assert unexplained.item() == pytest.approx(log[-1]["recon"], rel=.2)
+    assert (codes != 0).sum(1).float().mean().item() == pytest.approx(log[-1]["l0"], rel=.1)
     if sae.sparsity == "topk" and sae.nonlinearity == "relu":
         assert ((acts != 0).sum(1) <= 4).all()
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
 
 
-def test_the_saved_dictionary_is_in_saelens_format(work, base):
+def test_the_saved_dictionary_is_in_saelens_format(variant, base):
     """By its published formulas, from the files alone: relu(pre) * (pre > threshold), and layer_norm around it."""
-    for run, architecture in ((base, "jumprelu"), (work / "variant_topk", "topk"), (work / "variant_l1", "standard"), (work / "variant_layernorm", "jumprelu")):
+    for run, architecture in ((base, "jumprelu"), (variant("topk"), "topk"), (variant("l1"), "standard"), (variant("layernorm"), "jumprelu")):
         spec, w = read(run / "seed_0" / "cfg.json"), load_file(run / "seed_0" / "sae_weights.safetensors")
         assert spec["architecture"] == architecture and (spec["d_in"], spec["d_sae"], spec["dtype"]) == (WIDTH, 64, "float32")
         assert spec["apply_b_dec_to_input"] is True and (architecture != "topk" or spec["k"] == 4)
@@ -907,26 +947,25 @@ def test_the_saved_dictionary_is_in_saelens_format(work, base):
         assert r["acts"].count_nonzero() > 0
 
 
-def test_what_saelens_cannot_express_says_so(work):
+def test_what_saelens_cannot_express_says_so(variant):
     for name in ("gelu", "skip", "all"):
-        spec = read(work / f"variant_{name}" / "seed_0" / "cfg.json")
+        spec = read(variant(name) / "seed_0" / "cfg.json")
         assert spec["architecture"] not in ("standard", "topk", "jumprelu") and "cannot express" in spec["not_for_sae_lens"]
 
 
-def test_saelens_loads_it(work, base):
+def test_saelens_loads_it(variant, base):
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed here (it is not a dependency)")
-    for run in (base, work / "variant_topk", work / "variant_l1", work / "variant_layernorm"):
+    for run in (base, variant("topk"), variant("l1"), variant("layernorm")):
         theirs = sae_lens.SAE.load_from_disk(run / "seed_0")
         r = load_file(run / "seed_0" / "reference.safetensors")
         acts = theirs.encode(r["x"])
         assert torch.allclose(acts, r["acts"], atol=1e-5) and torch.allclose(theirs.decode(acts), r["x_hat"], atol=1e-5)
     with pytest.raises(Exception):
-        sae_lens.SAE.load_from_disk(work / "variant_gelu" / "seed_0")
+        sae_lens.SAE.load_from_disk(variant("gelu") / "seed_0")
 
 
-def test_seeds_are_trained_from_one_harvest_and_summed_up(work, tiny, base, capsys):
-    out = work / "seeds"
-    assert experiment.main(argv(tiny, out_dir=out, n_seeds=2)) == 0
+def test_seeds_are_trained_from_one_harvest_and_summed_up(seeds, base, capsys):
+    out = seeds
     assert same_weights(out, base), "seed 0 does not depend on how many seeds there are"
     for seed in (0, 1):
         assert {p.name for p in (out / f"seed_{seed}").iterdir()} >= {"core.json", "consistency.json", "cfg.json"}
@@ -962,7 +1001,8 @@ def acts_file(work):
 def test_own_activations_need_no_model(work, tiny, acts_file, monkeypatch):
     monkeypatch.setattr(experiment, "load_lm", lambda *a: pytest.fail("no model is needed"))
     out = work / "own_acts"
-    assert experiment.main(argv(tiny, out_dir=out, acts=acts_file, model="no/such", dataset="no/such", eval_rows=20)) == 0
+    assert experiment.main(argv(tiny, out_dir=out, acts=acts_file, model="no/such", dataset="no/such", eval_rows=20, d_sae=24, k=2,
+                                train_tokens=256 * 120)) == 0
     core = read(out / "core.json")
     assert core["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"] is None
     assert "no language model" in json.dumps(core["eval_result_unstructured"]["notes"])
@@ -1238,12 +1278,12 @@ def test_a_signal_in_any_phase_saves_and_says_how_to_go_on(work, tiny, base, pha
     with monkeypatch.context() as m:
         calls = interrupt_at(m, where, name, [1 if phase in ("tokenise", "score") else 3], number)
         assert experiment.main(settings) == 128 + number
-    err = capsys.readouterr().err
-    assert "--resume" in err and "Traceback" not in err and not (out / "final_info.json").exists()
+    err, begun = capsys.readouterr().err, (out / "config.json").exists()
+    assert "go on with the same command" in err and "Traceback" not in err and not (out / "final_info.json").exists()
+    assert ("--resume" in err) == begun and begun == (phase in ("train", "score")), "before training there is only the cache to go on with"
     with monkeypatch.context() as m:
         again = interrupt_at(m, experiment, "residuals", [])
-        harvested = interrupt_at(m, experiment, "load_lm", [])
-        assert experiment.main(settings + ["--resume"]) == 0
+        assert experiment.main(settings + ["--resume"] * begun) == 0
     assert same_weights(out, base) and (out / "final_info.json").read_bytes() == (base / "final_info.json").read_bytes()
     assert log_lines(out) == log_lines(base)
     if phase == "harvest":  # 8,192 tokens are 32 batches of 8 rows; 3 were done, and scoring needs 3 more batches of 16 rows
@@ -1348,8 +1388,8 @@ def test_killed_twenty_times_a_run_still_ends_and_loses_nothing(work, tiny, proc
 
 
 def test_a_second_interrupt_leaves_at_once(work, tiny, processes):
-    report = work / "stuck.txt"
-    process = processes(argv(tiny, out_dir=work / "stuck"), report, stuck=True)
+    report = work / "second_signal.txt"
+    process = processes(argv(tiny, out_dir=work / "second_signal"), report, stuck=True)
     wait_for(lambda: "stuck" in said(report), "training", process)
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "once more" in said(report), "the first signal to be heard", process)
@@ -1368,7 +1408,7 @@ def test_a_signal_while_fetching(work, processes):
         wait_for(lambda: "fetching" in said(report), "the download", process)
         silent.settimeout(30), silent.accept()  # pip is on the line
         os.kill(process.pid, signal.SIGTERM), process.join(30)
-        assert process.exitcode == 143 and "--resume" in said(report) and "Traceback" not in said(report), said(report)
+        assert process.exitcode == 143 and "go on with the same command" in said(report) and "Traceback" not in said(report), said(report)
 
 
 # -- numbers, memory, disk -----------------------------------------------------------------------------------
@@ -1512,6 +1552,11 @@ def test_two_processes_never_share_a_run_or_a_cache(work, tiny, base, capsys, un
         for flags in (dict(resume=True), dict(overwrite=True)):
             refused(capsys, lambda: experiment.main(argv(tiny, out_dir=base, **flags)), 1, me)
         assert tree_hash(base) == before, "a run that is at work was touched"
+    fresh = work / "just_begun"  # harvesting: nothing there yet but the lock
+    fresh.mkdir()
+    with experiment.held(fresh / ".lock"):
+        refused(capsys, lambda: experiment.main(argv(tiny, out_dir=fresh)), 1, me)
+        assert (fresh / ".lock").exists(), "the directory of the first process was deleted"
     cache = work / "shared_cache"
     experiment.load_harvest(config(tiny, cache_dir=cache), experiment.Stop())
     folder = next(cache.glob("acts-*"))
@@ -1524,6 +1569,7 @@ def test_two_processes_never_share_a_run_or_a_cache(work, tiny, base, capsys, un
 def no_network(monkeypatch):
     def blocked(*args, **kwargs):
         raise OSError("the network is blocked in this test")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client tries five times, ever more patiently
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, blocked)
     monkeypatch.setattr(socket, "getaddrinfo", blocked)
@@ -1579,5 +1625,52 @@ def test_the_command_line_itself():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# G. The other scripts (train.py, plot.py, bench.py)
+# G. The other scripts: the study's table, the pictures, the benchmark
 # ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_study_is_runnable(capsys):
+    """Each row is a command line that experiment.py accepts, under a name of its own."""
+    import train
+    for name, flags in train.STUDY.items():
+        experiment.check(experiment.parse(["--out_dir", name, *flags]))
+    assert train.main(["--list"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in train.STUDY)
+    assert train.main(["no_such_run"]) == 2 and "no_such_run" in capsys.readouterr().err
+
+
+def test_the_study_runs_what_is_missing_and_reports_what_fails(work, tiny, monkeypatch, capsys):
+    import train
+    runs = work / "study"
+    (runs / "done").mkdir(parents=True), (runs / "done" / "final_info.json").write_text("{}")
+    monkeypatch.setattr(experiment, "RUNS", runs)
+    monkeypatch.setattr(train, "STUDY", {"done": ["--no_such_flag"], "wrong": ["--k", "0"]})
+    code = train.main(["done", "wrong"])
+    err = capsys.readouterr().err
+    assert code == 1 and "wrong" in err and "--k" in err and "no_such_flag" not in err
+
+
+def test_pictures_are_drawn_from_json_alone(base, seeds, work):
+    runs, pictures = work / "picture_runs", work / "pictures"
+    pictures.mkdir()
+    for name, source in (("run_0", base), ("run_6", seeds), ("mine", base)):
+        shutil.copytree(source, runs / name, ignore=shutil.ignore_patterns("*.safetensors", ".lock"))
+    done = subprocess.run([sys.executable, "plot.py", "--runs_dir", str(runs), "--out_dir", str(pictures)], cwd=HERE, capture_output=True, text=True, timeout=85)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    made = {p.name for p in pictures.glob("*.png") if p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000}
+    assert {"metrics_comparison.png", "training_curves.png", "position_correlation.png", "redundancy.png", "clusters.png"} <= made, made
+
+
+@pytest.mark.parametrize("kind", ["l1", "topk", "batchtopk", "batchtopk+temporal"])
+def test_the_benchmarked_step_is_a_training_step(kind):
+    import bench
+    g = torch.Generator().manual_seed(0)
+    directions = torch.randn(40, 32, generator=g)
+    batch = lambda: (torch.rand(512, 40, generator=g) * (torch.rand(512, 40, generator=g) < .1)) @ directions
+    step = bench.make_step(32, 64, 4, kind, matmul_dtype="float32")
+    losses = [float(step(batch())) for _ in range(40)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < .8 * losses[0]
+
+
+# -- here follow, when they are decided: the timing-free parts of `python bench.py --acts`, notes.txt and README against runs/

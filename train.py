@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -24,18 +23,41 @@ import experiment
 # The table: name -> flags
 # ------------------------------------------------------------------------------------------------------------
 
-THREE = "--n_seeds 3"
 # The ladder of the seed experiment, each rung on top of the one before; run_5 takes run_4's LayerNorm out again.
-LADDER = {
-    "run_0": "--temp_alpha 0",
-    "run_1": "--temp_loss sqdiff --temp_alpha 0.1 --grad_clip 0 --schedule constant --warmup_steps 0",
-    "run_2": "--temp_loss sqdiff --temp_alpha 0.1 --schedule constant --warmup_steps 0 --init xavier",
-    "run_3": "--temp_loss sqdiff --temp_alpha 0.01 --init xavier",
-    "run_4": "--temp_loss sqdiff --temp_alpha 0.01 --init xavier --layernorm",
-    "run_5": "--temp_loss sqdiff --temp_alpha 0.01 --init xavier --nonlinearity gelu",
-    "run_6": "",  # experiment.py's defaults: our method
+SEEDS, HEADLINE_SEEDS = "--n_seeds 3", "--n_seeds 5"
+STUDY = {
+    "run_0": f"--temp_alpha 0 {HEADLINE_SEEDS}",
+    "run_6": f"{HEADLINE_SEEDS}",  # experiment.py's defaults: our method
+    "run_1": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.1 --grad_clip 0 --schedule constant --warmup_steps 0 {SEEDS}",
+    "run_2": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.1 --schedule constant --warmup_steps 0 --init xavier {SEEDS}",
+    "run_3": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.01 --init xavier {SEEDS}",
+    "run_4": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.01 --init xavier --layernorm {SEEDS}",
+    "run_5": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.01 --init xavier --nonlinearity gelu {SEEDS}",
 }
-STUDY = {name: f"{flags} {THREE}".split() for name, flags in LADDER.items()}
+# Controls: the same loss, but the neighbours that it sees are not neighbours. (The third, weight 0, is run_0.)
+STUDY |= {f"control_{control}": f"--control {control} {SEEDS}" for control in ("other_docs", "permuted")}
+# Rivals, from their papers, in our trainer. T-SAE (Bhalla et al. 2025): the leading fifth of the latents reconstructs
+# alone and carries the InfoNCE; as published (cosines, all weights 1) and as released (inner products, 0.4 / 0.1 / 0.1).
+FIFTH = f"--temporal_fraction 0.2 --temp_codes post --temp_chunks 32 --temp_warmup 0 --temperature 1 {SEEDS}"
+STUDY |= {
+    "tsae_paper": f"--temp_loss infonce --temp_alpha 1 --matryoshka_alpha 1 {FIFTH}",
+    "tsae_released": f"--temp_loss infonce_dot --temp_alpha 0.25 --matryoshka_alpha 0.25 {FIFTH}",
+    "matryoshka": f"--temp_alpha 0 --matryoshka_alpha 1 {FIFTH}",
+}
+# Does the gain hold at other sparsities?
+STUDY |= {f"k{k}_{name}": f"--k {k} {flags} {SEEDS}" for k in (16, 64) for name, flags in (("base", "--temp_alpha 0"), ("ours", ""))}
+# Window x coefficient, ours and the seed's, at a third of the token budget (equal for all, the baseline included).
+SHORT = "--train_tokens 1_000_000"
+ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
+STUDY["grid_base"] = f"--temp_alpha 0 {SHORT} {SEEDS}"
+STUDY |= {f"grid_selective_w{w}_a{a:g}": f"--window {w} --temp_alpha {a:g} {SHORT} {SEEDS}" for w in (2, 4, 8, 16, 32) for a in ALPHAS}
+STUDY |= {f"grid_sqdiff_w{w}_a{a:g}": f"--temp_loss sqdiff --temp_codes post --window {w} --temp_alpha {a:g} {SHORT} {SEEDS}"
+          for w in (2, 4, 8) for a in (0.001, 0.01, 0.1)}
+# The frontier: each loss over its coefficients, at the full budget.
+STUDY |= {f"frontier_{loss}_{a:g}": f"--temp_loss {loss} --temp_alpha {a:g} {SEEDS}"
+          for loss, alphas in (("selective", (0.03, 0.06, 0.15)), ("autocorr", (0.03, 0.1)), ("variance", (0.03, 0.1)),
+                               ("sqdiff", (0.0003, 0.003))) for a in alphas}
+STUDY = {name: flags.split() for name, flags in STUDY.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
