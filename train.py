@@ -28,11 +28,11 @@ SEEDS, HEADLINE_SEEDS = "--n_seeds 3", "--n_seeds 5"
 STUDY = {
     "run_0": f"--temp_alpha 0 {HEADLINE_SEEDS}",
     "run_6": f"{HEADLINE_SEEDS}",  # experiment.py's defaults: our method
-    "run_1": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.1 --grad_clip 0 --schedule constant --warmup_steps 0 {SEEDS}",
-    "run_2": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.1 --schedule constant --warmup_steps 0 --init xavier {SEEDS}",
-    "run_3": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.01 --init xavier {SEEDS}",
-    "run_4": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.01 --init xavier --layernorm {SEEDS}",
-    "run_5": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.01 --init xavier --nonlinearity gelu {SEEDS}",
+    "run_1": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.001 --grad_clip 0 --schedule constant --warmup_steps 0 {SEEDS}",
+    "run_2": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.001 --schedule constant --warmup_steps 0 --init xavier {SEEDS}",
+    "run_3": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.0001 --init xavier {SEEDS}",
+    "run_4": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.0001 --init xavier --layernorm {SEEDS}",
+    "run_5": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.0001 --init xavier --nonlinearity gelu {SEEDS}",
 }
 # Controls: the same loss, but the neighbours that it sees are not neighbours. (The third, weight 0, is run_0.)
 STUDY |= {f"control_{control}": f"--control {control} {SEEDS}" for control in ("other_docs", "permuted")}
@@ -52,11 +52,11 @@ ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 STUDY["grid_base"] = f"--temp_alpha 0 {SHORT} {SEEDS}"
 STUDY |= {f"grid_selective_w{w}_a{a:g}": f"--window {w} --temp_alpha {a:g} {SHORT} {SEEDS}" for w in (2, 4, 8, 16, 32) for a in ALPHAS}
 STUDY |= {f"grid_sqdiff_w{w}_a{a:g}": f"--temp_loss sqdiff --temp_codes post --window {w} --temp_alpha {a:g} {SHORT} {SEEDS}"
-          for w in (2, 4, 8) for a in (0.001, 0.01, 0.1)}
+          for w in (2, 4, 8) for a in (0.00001, 0.0001, 0.001)}
 # The frontier: each loss over its coefficients, at the full budget.
 STUDY |= {f"frontier_{loss}_{a:g}": f"--temp_loss {loss} --temp_alpha {a:g} {SEEDS}"
           for loss, alphas in (("selective", (0.03, 0.06, 0.15)), ("autocorr", (0.03, 0.1)), ("variance", (0.03, 0.1)),
-                               ("sqdiff", (0.0003, 0.003))) for a in alphas}
+                               ("sqdiff", (0.00003, 0.0001))) for a in alphas}
 STUDY = {name: flags.split() for name, flags in STUDY.items()}
 
 
