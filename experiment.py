@@ -305,21 +305,24 @@ class Pairs(NamedTuple):
     latent_ptr: torch.Tensor
 
 
-def make_pairs(flat, n_tokens, d_sae):
-    """flat (P,) sorted indices into a (n_tokens, d_sae) matrix -> Pairs. No host sync."""
-    token, latent = flat // d_sae, flat % d_sae
-    sorted_latent, by_latent = latent.int().sort(stable=True)
-    edges = lambda keys, n: torch.searchsorted(keys, torch.arange(n + 1, device=keys.device, dtype=keys.dtype))
+def edges(keys, n):
+    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at edges[i]:edges[i+1]. No host sync."""
+    return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device, dtype=keys.dtype))
+
+
+def make_pairs(token, latent, n_tokens, d_sae):
+    """token (P,) sorted, latent (P,) -> Pairs. No host sync."""
+    sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
     return Pairs(token, latent, edges(token, n_tokens), by_latent, edges(sorted_latent, d_sae))
 
 
-def pair_dots(rows, columns, pairs):
-    """rows (B,d), columns (d_sae,d) -> (P,) inner products, only of the pairs: sampled matrix product."""
+def pair_dots(rows, columns, token, latent, token_ptr):
+    """rows (B,d), columns (d_sae,d) -> (P,) inner products of the pairs only: a sampled matrix product."""
     if rows.is_cuda or torch.backends.mkl.is_available():
-        zeros = torch.zeros(len(pairs.latent), device=rows.device)
-        where = torch.sparse_csr_tensor(pairs.token_ptr, pairs.latent, zeros, (len(rows), len(columns)), check_invariants=False)
+        zeros = torch.zeros(len(latent), device=rows.device)
+        where = torch.sparse_csr_tensor(token_ptr, latent, zeros, (len(rows), len(columns)), check_invariants=False)
         return torch.sparse.sampled_addmm(where, rows, columns.t(), beta=0.0).values()
-    return torch.cat([(rows[t] * columns[i]).sum(1) for t, i in zip(pairs.token.split(8192), pairs.latent.split(8192))])
+    return torch.cat([(rows[t] * columns[i]).sum(1) for t, i in zip(token.split(8192), latent.split(8192))])
 
 
 def sum_by_token(values, columns, pairs):
@@ -359,7 +362,8 @@ class SparseDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         acts, W_dec = ctx.saved_tensors
-        return pair_dots(grad, W_dec, ctx.pairs), sum_by_latent(acts, grad, ctx.pairs), None
+        p = ctx.pairs
+        return pair_dots(grad, W_dec, p.token, p.latent, p.token_ptr), sum_by_latent(acts, grad, p), None
 
 
 def select(sae, x, bias, mask, n_valid, matmul_dtype):
@@ -373,26 +377,26 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     n, keep = len(x), sae.k * n_valid
     dense = F.linear(x.to(matmul_dtype), sae.W_enc.t().to(matmul_dtype), bias.to(matmul_dtype))
     if sae.sparsity == "topk":
-        top = dense.topk(sae.k, dim=-1, sorted=False).indices
-        flat = (top + torch.arange(n, device=x.device)[:, None] * sae.d_sae).flatten().sort().values
+        token = torch.arange(n, device=x.device).repeat_interleave(sae.k)
+        latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
     elif x.is_cuda:  # nonzero would wait for the GPU; a global top-k is fast there and of fixed size
-        dense = dense.masked_fill(~mask[:, None], -torch.inf)
-        flat = dense.flatten().topk(keep, sorted=False).indices.sort().values
+        flat = dense.masked_fill(~mask[:, None], -torch.inf).flatten().topk(keep, sorted=False).indices.sort().values
+        token, latent = flat // sae.d_sae, flat % sae.d_sae
     else:  # a global top-k costs three times the matmul here; counting above a hint costs a tenth
+        dense.index_fill_(0, (~mask).nonzero()[:, 0], -torch.inf)
         for slack in (0.9, 0.6, 0.0):
             flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
-            flat = flat[mask[flat // sae.d_sae]]
             if len(flat) >= keep:
                 break
-    pairs = make_pairs(flat, n, sae.d_sae)
-    pre = pair_dots(x, sae.W_enc.t(), pairs) + bias[pairs.latent]
-    if sae.sparsity == "topk":
-        return pairs, pre, pre.min()
-    threshold = pre.topk(min(keep, len(pre)), sorted=False).values.min() if len(pre) else bias.new_zeros(())
-    if not x.is_cuda:
-        chosen = pre >= threshold
-        pairs, pre = make_pairs(flat[chosen], n, sae.d_sae), pre[chosen]
-    return pairs, pre, threshold
+        token = flat // sae.d_sae
+        latent = flat - token * sae.d_sae
+    pre = pair_dots(x, sae.W_enc.t(), token, latent, edges(token, n)) + bias[latent]
+    threshold = pre.min() if len(pre) else bias.new_zeros(())
+    if sae.sparsity == "batchtopk" and len(pre) > keep:  # what the hint let through beyond k a token
+        threshold = pre.topk(keep, sorted=False).values.min()
+        chosen = (pre >= threshold).nonzero()[:, 0]
+        token, latent, pre = token[chosen], latent[chosen], pre[chosen]
+    return make_pairs(token, latent, n, sae.d_sae), pre, threshold
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -419,15 +423,17 @@ def pair_moments(z, mask, window, active=None):
     >>> d, p
     (tensor([2.]), tensor([14.]))
     """
-    difference = power = count = 0.0
+    power = product = count = 0.0
+    squares = z.square()
     for lag in range(1, window):
         a, b, ok = neighbours(z, mask, lag)
         count = count + ok.sum()
         if active is not None:
             ok = ok * (active[:, :-lag] | active[:, lag:])
-        difference = difference + ((a - b).square() * ok).sum((0, 1))
-        power = power + ((a.square() + b.square()) * ok).sum((0, 1))
-    return difference / count.clamp(min=1), power / count.clamp(min=1)
+        power = power + ((squares[:, :-lag] + squares[:, lag:]) * ok).sum((0, 1))
+        product = product + (a * b * ok).sum((0, 1))
+    count = count.clamp(min=1)
+    return (power - 2 * product) / count, power / count
 
 
 def sqdiff_loss(z, mask, window, active=None):
@@ -464,17 +470,15 @@ def autocorr_loss(z, mask, window, active=None):
     return sqdiff_loss(z, mask, window, active) / (2 * variance.clamp(min=1e-8))
 
 
-def selective_loss(z, mask, window, flicker, weight, active=None):
+def selective_loss(difference, power, flicker, weight):
     """sum_i weight_i * (D_i - flicker_i * P_i) / 2, with D, P = pair_moments and flicker_i a running D_i / P_i.
 
     Its gradient is that of each latent's flicker D_i / P_i = 1 - 2 E[z_t z_s] / E[z_t^2 + z_s^2], a quantity that no
     rescaling changes, so there is nothing to gain from shrinking. `weight` (see Trainer.gate) lets go of latents
     that do not prove slow: smoothing everything alike blends features (notes.txt).
-    >>> one = torch.ones(1)
-    >>> selective_loss(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2, 0.1 * one, one)  # (2 - 1.4) / 2
+    >>> selective_loss(torch.tensor([2.]), torch.tensor([14.]), torch.tensor([0.1]), torch.ones(1))  # (2 - 1.4) / 2
     tensor(0.3000)
     """
-    difference, power = pair_moments(z, mask, window, active)
     return (weight * (difference - flicker * power)).sum() / 2
 
 
@@ -1022,10 +1026,9 @@ class Trainer:
         ramp = max(1.0, self.cfg.temp_warmup * self.cfg.steps)
         return self.cfg.temp_alpha * min(1.0, max(0.0, step / ramp - 1.0)) if self.cfg.temporal else 0.0
 
-    def forward(self, x, mask, n_valid):
-        """x (B,d_in) scaled, mask (B/C,C) -> (acts, pairs or None, x_hat). Codes are sparse unless sparsity is l1."""
+    def forward(self, x, bias, mask, n_valid):
+        """x (B,d_in) scaled, bias (d_sae,) the encoder's whole one, mask (B/C,C) -> (acts, pairs or None, x_hat). Codes are sparse unless sparsity is l1."""
         sae, ok = self.sae, mask.flatten() > 0
-        bias = sae.b_enc - sae.b_dec @ sae.W_enc  # (x - b_dec) @ W_enc + b_enc without a second copy of x
         if self.cfg.sparsity == "l1":
             pre = F.linear(x.to(self.matmul_dtype), sae.W_enc.t().to(self.matmul_dtype)).float() + bias
             acts, pairs = sae.activate(pre) * ok[:, None], None
@@ -1041,7 +1044,7 @@ class Trainer:
             x_hat = x_hat + (x - sae.b_dec) @ sae.W_skip
         return acts, pairs, x_hat
 
-    def temporal(self, x, pairs, mask):
+    def temporal(self, x, bias, pairs, mask):
         """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample).
 
         Their activations are computed again, densely: small enough, and a neighbour's pre-activation then takes part,
@@ -1049,8 +1052,7 @@ class Trainer:
         cfg, sae, F_ = self.cfg, self.sae, self.n_bound
         mask = mask[: cfg.temp_chunks]
         n, W = mask.numel(), sae.W_enc.t()[:F_]
-        bias = (sae.b_enc - sae.b_dec @ sae.W_enc)[:F_]
-        z = sae.activate(F.linear(x[:n].to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias)
+        z = sae.activate(F.linear(x[:n].to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:F_])
         active = z > 0
         if pairs is not None:  # row n and column F_ take what lies outside: no host sync
             active = torch.zeros(n + 1, F_ + 1, dtype=torch.bool, device=x.device)
@@ -1063,7 +1065,8 @@ class Trainer:
         if cfg.temp_loss.startswith("infonce"):
             return infonce_loss(z * active, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
         if cfg.temp_loss == "selective":
-            return selective_loss(z, mask, cfg.window, *self.gate(z.detach(), mask, active), active)
+            moments = pair_moments(z, mask, cfg.window, active)
+            return selective_loss(*moments, *self.gate(z.detach() * active, mask, *moments))
         return WINDOW_LOSSES[cfg.temp_loss](z, mask, cfg.window, active)
 
     def reorder(self, z, active, mask):
@@ -1080,17 +1083,17 @@ class Trainer:
         return z[rows, columns], active[rows, columns], mask
 
     @torch.no_grad()
-    def gate(self, z, mask, active):
-        """Running statistics of each bound latent -> (flicker, weight), both (n_bound,), constants to the gradient.
+    def gate(self, codes, mask, difference, power):
+        """Running statistics of each bound latent, from its codes (N,T,n_bound) and their pair_moments -> (flicker, weight), both (n_bound,), constants to the gradient.
 
         weight_i = min(1, rho_i / rho_x)^p / sqrt(Var_i * mean Var) / n: rho_i the latent's own autocorrelation, rho_x
         the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
-        valid, codes = (mask > 0).unsqueeze(-1).float(), z * active
+        valid = (mask > 0).unsqueeze(-1).float()
         mean = (codes * valid).sum((0, 1)) / valid.sum().clamp(min=1)
         a, b, ok = neighbours(codes, mask, 1)
         now = torch.stack([(codes.square() * valid).sum((0, 1)) / valid.sum().clamp(min=1) - mean.square(),
                            (a * b * ok).sum((0, 1)) / ok.sum().clamp(min=1) - mean.square(),
-                           *pair_moments(z, mask, self.cfg.window, active)])
+                           difference, power])
         self.moments.lerp_(now, 0.02)  # both sides of each ratio share the zero they start from
         variance, covariance, difference, power = self.moments
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
@@ -1098,10 +1101,10 @@ class Trainer:
         weight = gate / ((variance + 0.05 * variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
         return difference / power.clamp(min=1e-9), weight
 
-    def auxk(self, x, residual, ok):
+    def auxk(self, x, bias, residual, ok):
         """AuxK (Gao et al. 2024): the dead latents with the largest pre-activations explain what is left over."""
         sae, dead = self.sae, self.dead
-        pre = torch.relu((x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead])
+        pre = torch.relu(x @ sae.W_enc[:, dead] + bias[dead])
         top = pre.topk(min(sae.d_in // 2, len(dead)), dim=-1)
         codes = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         left = residual.detach()
@@ -1116,7 +1119,8 @@ class Trainer:
         cfg, sae, ok = self.cfg, self.sae, (mask.flatten() > 0).float()
         if cfg.layernorm:
             x = sae.normalise(x)[0]
-        acts, pairs, x_hat = self.forward(x, mask, n_valid)
+        bias = sae.b_enc - sae.b_dec @ sae.W_enc  # (x - b_dec) @ W_enc + b_enc without a second copy of x
+        acts, pairs, x_hat = self.forward(x, bias, mask, n_valid)
         residual = x - x_hat
         # fraction of variance unexplained: coefficients mean the same for any model and layer
         terms = {"recon": (residual.square().sum(1) * ok).sum() / n_valid / self.variance}
@@ -1130,13 +1134,13 @@ class Trainer:
             loss = loss + cfg.l1_alpha * terms["l1"]
         if cfg.temporal and (weight := self.temp_weight(step)) > 0:
             self.shuffle = torch.Generator().manual_seed(step)  # only the permuted control draws from it
-            terms["temporal"] = self.temporal(x, pairs, mask)
+            terms["temporal"] = self.temporal(x, bias, pairs, mask)
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
                 pull = [torch.autograd.grad(t, sae.W_enc, retain_graph=True)[0].norm() for t in (terms["temporal"], terms["recon"])]
                 terms["temporal_grad_ratio"] = weight * pull[0] / pull[1]
         if cfg.auxk_alpha and len(self.dead):
-            terms["auxk"] = self.auxk(x, residual, ok)
+            terms["auxk"] = self.auxk(x, bias, residual, ok)
             loss = loss + cfg.auxk_alpha * terms["auxk"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
