@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import mmap
 import os
 import platform
 import shutil
@@ -96,7 +97,7 @@ class Config:
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
     temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
                            "active; post, the codes themselves", ("pre", "post"))
-    temp_chunks: int = flag(16, "chunks of a batch that it reads each step: an unbiased sample, so cheap")
+    temp_chunks: int = flag(8, "chunks of a batch that it reads each step: an unbiased sample, so cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
     temperature: float = flag(0.1, "infonce: of the softmax")
     temporal_fraction: float = flag(1.0, "share of the dictionary (its first latents) that the temporal loss binds")
@@ -919,7 +920,7 @@ def harvest_lm(cfg, stop):
                 acts[i : i + 8] = (x.view(torch.uint16) if store is np.uint16 else x).numpy()
                 bar.update(x.shape[0] * x.shape[1])
                 if stop.signal or i % 1024 == 0:
-                    acts.flush()
+                    acts.flush(), release(acts)
                     replace(progress, str(min(i + 8, len(rows.tokens))))
                     stop.check()
             acts.flush(), bar.close()
@@ -946,6 +947,14 @@ def load_acts(cfg, split):
     return x, doc_id, np.ones(x.shape[:2], bool)
 
 
+def release(acts):
+    """Let go of the pages of a memory-mapped file that this process holds; the system's file cache keeps them.
+
+    So peak memory does not grow with the harvest."""
+    if getattr(acts, "_mmap", None) is not None:
+        acts._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def as_float(block):
     """A block of cached activations -> float32 tensor."""
     return torch.from_numpy(block).view(torch.bfloat16).float() if block.dtype == np.uint16 else torch.from_numpy(block).float()
@@ -958,7 +967,10 @@ def load_harvest(cfg, stop):
         mask = (doc_id + 1) * valid
     else:
         acts, mask = harvest_lm(cfg, stop)
-    norms = np.concatenate([as_float(np.array(acts[i : i + 512])).norm(dim=-1).numpy() for i in range(0, len(acts), 512)])
+    norms = np.empty(mask.shape, np.float32)
+    for i in range(0, len(acts), 512):
+        norms[i : i + 512] = as_float(np.array(acts[i : i + 512])).norm(dim=-1).numpy()
+        release(acts)
     sinks = norms > 10 * np.median(norms[mask > 0])  # attention sinks: no feature of the text, yet most of the variance
     say(f"harvest: {acts.shape[0]} rows x {acts.shape[1]} tokens x {acts.shape[2]}, {(mask > 0).sum():,} valid, "
         f"{(sinks & (mask > 0)).sum()} attention sinks left out")
@@ -1200,6 +1212,8 @@ def train(cfg, seed, harvest, stop):
     sae = SAE(harvest.acts.shape[-1], cfg.d_sae, cfg.k, cfg.sparsity, cfg.nonlinearity, cfg.layernorm, cfg.skip)
     sae.initialise(cfg.init, harvest.mean, torch.Generator().manual_seed(seed))
     trainer = Trainer(cfg, sae, harvest.variance, harvest.rho, device)
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32
     first = restore(run_dir, trainer, seed)
 
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1)
@@ -1215,6 +1229,7 @@ def train(cfg, seed, harvest, stop):
                 rate = tokens / (time.perf_counter() - began)
                 line = {"seed": seed, "step": step, "lr": trainer.lr(step), **line, "tokens_per_s": round(rate)}
                 log_file.write(json.dumps(line) + "\n"), log_file.flush()
+                release(harvest.acts)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}", tok_s=f"{rate:,.0f}", refresh=False)
             if stop.signal or (step + 1) % cfg.checkpoint_every == 0:
                 checkpoint(run_dir, trainer, seed, step + 1)
