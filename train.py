@@ -87,8 +87,9 @@ def run_all(names, jobs):
     bar = tqdm(total=len(waiting), desc="study", unit="run")
     try:
         while waiting or running:
-            # the first run harvests for all; the others would only wait for its lock
-            while waiting and len(running) < (jobs if bar.n else 1):
+            # the first run harvests for all: the next one starts when that one trains
+            harvested = bar.n or any((experiment.RUNS / name / "log.jsonl").exists() for name in running)
+            while waiting and len(running) < (jobs if harvested else 1):
                 name = waiting.pop(0)
                 running[name] = start(name, jobs)
             for name, process in list(running.items()):
