@@ -30,7 +30,7 @@ labels = {  # run directory -> label, in the order drawn
     "tsae_released": "T-SAE (released code)",
     "matryoshka": "Matryoshka",
     "control_other_docs": "control: positives from other documents",
-    "control_permuted": "control: tokens permuted in the window",
+    "control_permuted": "control: tokens permuted in their document",
 }
 BASELINE, OURS, RIVAL = "run_0", "run_6", "tsae_paper"  # whom consistency.png and the pictures after it compare
 STUDY = re.compile(r"tsae|matryoshka|control_|frontier_|grid_|k\d+_")  # not in the first two pictures
@@ -50,6 +50,7 @@ plt.switch_backend("Agg")  # draw to files; no display needed
 plt.rcParams.update({"axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                      "hatch.linewidth": 0.6, "image.cmap": "cividis", "image.interpolation": "nearest",
                      "figure.constrained_layout.use": True, "savefig.dpi": 150})
+warnings.filterwarnings("ignore", message="Mean of empty slice")  # a bin without latents: a gap
 warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token in a script the font lacks shows as a box
 
 
@@ -57,7 +58,7 @@ def canvas(rows, cols, height, title, seeds=(), **kwargs):
     """Axes (rows,cols) of a figure 9 inches wide (900 pixels in a README: 10 points are 14); seeds: n of each run drawn."""
     fig, axes = plt.subplots(rows, cols, figsize=(9, height), squeeze=False, **kwargs)
     n = " to ".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else ""
-    note = f"mean ± standard error over seeds, n = {n}" if n else "first seed"
+    note = f"mean ± standard error over seeds, n = {n}" if n and n != "1" else "one seed" if n else "first seed"
     fig.suptitle(f"{title} ({note})", x=0.01, ha="left", fontweight="bold")
     return axes
 
@@ -167,10 +168,10 @@ def training_curves(runs):
 
 # -- What the temporal loss buys and costs: consistency.png, frontier.png, ablation.png ----------------------
 def consistency(runs):
-    (axes,) = canvas(1, 3, 4.2, "Do codes last from token to token?", [len(run.consistency) for run in runs])
+    axes = canvas(2, 2, 8.0, "Do codes last from token to token?", [len(run.consistency) for run in runs]).ravel()
     first = runs[0].consistency[0]  # its lags and raw activations hold for all: the held-out rows are the same
     for ax, name, weight, title in zip(axes, ("autocorr", "autocorr", "autocorr_within"), ("mean", "mass", "mean"),
-                                       ("mean over latents", "weighted by activation", "mean, within a document")):
+                                       ("mean over latents", "weighted by firing rate", "mean, within a document")):
         for run in runs:
             codes, null = ([s[key]["whole"][weight] for s in run.consistency] for key in (name, name + "_null"))
             band(ax, first["lags"], codes, run, label=run.label, marker=run.marker)
@@ -179,7 +180,15 @@ def consistency(runs):
         ax.axhline(0, color="0.3", linewidth=0.6)
         ax.set_xscale("log", base=2)
         ax.set(title=title, xlabel="lag (tokens)", xticks=first["lags"], xticklabels=first["lags"])
-    axes[0].set_ylabel("autocorrelation of a latent's code")
+    # frequent latents are smoother in any dictionary: at an equal rate, is there still a difference?
+    edges = np.logspace(-3.3, -0.7, 9)
+    for run in runs:
+        tables = [(np.array(s["latents"]["rate"]), np.array(s["latents"]["autocorr_1"], float)) for s in run.consistency]
+        seeds = [[np.nanmean(np.r_[rho[(rate >= a) & (rate < b)], np.nan]) for a, b in zip(edges, edges[1:])] for rate, rho in tables]
+        band(axes[3], np.sqrt(edges[:-1] * edges[1:]), seeds, run, marker=run.marker)
+    axes[3].set(xscale="log", title="at lag 1, by firing rate", xlabel="firing rate (share of tokens)")
+    for ax in axes[::2]:
+        ax.set_ylabel("autocorrelation of a latent's code")
     axes[0].plot([], [], "--", color="0.3", linewidth=1, label="dashed: tokens permuted within a document")
     plt.figlegend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -291,7 +300,7 @@ def clusters(runs):
             x, y = (np.array(latents[axis], float)[kind == name] for axis in "xy")
             axes[0, i].scatter(x, y, 9, colour, marker=marker, linewidths=0, alpha=0.7)
         axes[0, i].set(title=f"{run.label}, silhouette {found['silhouette']:.2f}", xlabel="PCA 1 (of each run's own)", ylabel="PCA 2")
-        for ax, key, what in zip(axes[1], ("size", "mass_share"), ("latents (%)", "activation mass (%)")):
+        for ax, key, what in zip(axes[1], ("size", "mass_share"), ("latents (%)", "firing mass (%)")):
             shares = np.array([sum(one[key] for one in found["list"] if one["name"] == name) for name in CLUSTERS])
             drawn = ax.barh(np.arange(4) + 0.4 * i - 0.2, 100 * shares / shares.sum(), 0.37, color=run.colour, label=run.label)
             ax.bar_label(drawn, fmt="%.1f", padding=2)
