@@ -750,8 +750,9 @@ def dense_step(p, cfg, trainer, x, mask, step, dead, gate):
     z, active = (v[:some.numel(), :bound].view(*some.shape, bound) for v in (torch.relu(pre), chosen))
     z = z * active if cfg.temp_codes == "post" else z
     loss = loss + trainer.temp_weight(step) * temporal_by_hand(cfg.temp_loss, z, active, some, cfg.window, cfg.temperature, *gate)
-    aux = torch.relu(pre[:, dead])
-    top, left = aux.topk(min(x.shape[1] // 2, len(dead)), dim=1), residual.detach()
+    quarter = len(x) // 4  # AuxK reads a quarter of the batch
+    aux, ok = torch.relu(pre[:quarter, dead]), ok[:quarter]
+    top, left = aux.topk(min(x.shape[1] // 2, len(dead)), dim=1), residual[:quarter].detach()
     codes = torch.zeros_like(aux).scatter(1, top.indices, top.values)
     error = (left - codes @ p["W_dec"][dead]).square().sum(1) * ok
     loss = loss + cfg.auxk_alpha * error.sum() / (left.square().sum(1) * ok).sum()
