@@ -15,6 +15,7 @@ consistency.json and final_info.json (the headline numbers).
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -97,13 +98,13 @@ class Config:
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
     temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
                            "active; post, the codes themselves", ("pre", "post"))
-    temp_chunks: int = flag(8, "chunks of a batch that it reads each step: an unbiased sample, so cheap")
+    temp_chunks: int = flag(8, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
     temperature: float = flag(0.1, "infonce: of the softmax")
     temporal_fraction: float = flag(1.0, "share of the dictionary (its first latents) that the temporal loss binds")
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by that share alone (Bussmann et al. 2025); 0 is off")
     control: str = flag("none", "break the order that the temporal loss sees: its neighbours come from other documents, or "
-                        "tokens are permuted inside their document", ("none", "other_docs", "permuted"))
+                        "tokens are permuted inside their document's part of a chunk", ("none", "other_docs", "permuted"))
     # -- training
     train_tokens: int = flag(3_000_000, "token visits; the harvest is gone round as often as needed")
     batch_size: int = flag(4096, "tokens a step")
@@ -115,7 +116,7 @@ class Config:
     grad_clip: float = flag(1.0, "gradient norm; 0 is off")
     auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); 0 is off")
     dead_tokens: int = flag(100_000, "a latent that has not fired for so many tokens counts as dead")
-    matmul_dtype: str = flag("auto", "of the encoder's dense product (selection only; values and gradients are float32)",
+    matmul_dtype: str = flag("auto", "of the dense products: selection, the temporal sample, AuxK and l1; all else is float32",
                              ("auto", "bfloat16", "float32"))
     # -- housekeeping
     log_every: int = flag(20, "steps between lines of log.jsonl")
@@ -164,8 +165,12 @@ def check(cfg):
     for name in ("lr", "temperature"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if cfg.window > cfg.context_size:
+    if cfg.window > cfg.context_size and not cfg.acts:
         raise ValueError(f"--window {cfg.window} is larger than --context_size {cfg.context_size}")
+    if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size):
+        raise ValueError(f"--control other_docs needs at least --window {cfg.window} chunks: raise --temp_chunks")
+    if cfg.matryoshka_alpha and cfg.sparsity == "l1":
+        raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk")
     if cfg.window > cfg.chunk_size:
         raise ValueError(f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}; raise --chunk_size")
     if not cfg.acts and cfg.context_size % cfg.chunk_size:
@@ -466,8 +471,9 @@ def autocorr_loss(z, mask, window, active=None):
     """
     valid = (mask > 0).unsqueeze(-1).float()
     with torch.no_grad():
-        mean = (z * valid).sum((0, 1)) / valid.sum().clamp(min=1)
-        variance = ((z - mean).square() * valid).sum() / valid.sum().clamp(min=1)
+        codes = z if active is None else z * active
+        mean = (codes * valid).sum((0, 1)) / valid.sum().clamp(min=1)
+        variance = ((codes - mean).square() * valid).sum() / valid.sum().clamp(min=1)
     return sqdiff_loss(z, mask, window, active) / (2 * variance.clamp(min=1e-8))
 
 
@@ -897,7 +903,7 @@ def harvest_lm(cfg, stop):
     rows = load_rows(cfg, tokenizer, "train")
     d_in = model.config.get_text_config().hidden_size
     revision = getattr(model.config, "_commit_hash", None) or version(cfg.model)
-    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), layer=cfg.layer, rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
+    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), device=model.device.type, layer=cfg.layer, rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
     folder = cache_root(cfg) / f"acts-{key}"
     store = np.uint16 if model.dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
     shape, progress = (*rows.tokens.shape, d_in), folder / "progress"
@@ -937,6 +943,8 @@ def load_acts(cfg, split):
         raise ValueError(f"--acts {cfg.acts} is not a plain .npy file ({first_line(e)})") from None
     if not isinstance(acts, np.ndarray) or acts.ndim != 3 or acts.dtype not in (np.float32, np.float16) or 0 in acts.shape:
         raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {getattr(acts, 'shape', 'an archive')} {getattr(acts, 'dtype', '')}")
+    if not acts.flags.c_contiguous:
+        raise ValueError(f"--acts {cfg.acts} is in Fortran order: save np.ascontiguousarray of it")
     if len(acts) < 4 or acts.shape[1] % cfg.chunk_size:
         raise ValueError(f"--acts {cfg.acts}: needs at least 4 rows, of a length that --chunk_size {cfg.chunk_size} divides; got {acts.shape}")
     n_eval = min(cfg.eval_rows, len(acts) // 4)
@@ -991,6 +999,12 @@ def load_harvest(cfg, stop):
     return Harvest(acts, mask, (mean * scale).float(), scale, variance * scale**2, rho)
 
 
+@functools.lru_cache(2)
+def chunk_order(seed, epoch, chunks):
+    """The order of all chunks in one pass over the harvest."""
+    return np.random.default_rng([seed, epoch]).permutation(chunks)
+
+
 def batch(harvest, cfg, seed, step):
     """Step's batch: x (B,d_in) float32 scaled, mask (B/C,C) int32, number of valid tokens.
 
@@ -1000,8 +1014,7 @@ def batch(harvest, cfg, seed, step):
     C, per_step = cfg.chunk_size, cfg.batch_size // cfg.chunk_size
     chunks = N * T // C
     at = step * per_step + np.arange(per_step)
-    orders = {e: np.random.default_rng([seed, int(e)]).permutation(chunks) for e in np.unique(at // chunks)}
-    ids = np.array([orders[a // chunks][a % chunks] for a in at])
+    ids = np.array([chunk_order(seed, int(a // chunks), chunks)[a % chunks] for a in at])
     x = as_float(harvest.acts.reshape(-1, C, d_in)[ids]).reshape(-1, d_in)
     mask = harvest.mask.reshape(-1, C)[ids]
     device = pick_device(cfg.device)
@@ -1013,6 +1026,9 @@ def batch(harvest, cfg, seed, step):
 # ------------------------------------------------------------------------------------------------------------
 
 
+DEAD_EVERY = 20  # steps
+
+
 class Trainer:
     """What a run carries from step to step, and one step of it. bench.py times exactly this `step`."""
 
@@ -1020,11 +1036,12 @@ class Trainer:
         """variance, rho: of the scaled activations (see Harvest)."""
         self.cfg, self.sae, self.variance, self.rho = cfg, sae.to(device), variance, rho
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
-        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and P
+        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and P,
+        self.n_moments = 0  # after so many updates from zero
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(sae.d_sae, device=device)  # tokens since a latent last fired
-        self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices, renewed every log_every steps
+        self.dead = torch.zeros(0, dtype=torch.long, device=device)  # their indices, renewed every DEAD_EVERY steps
 
     def lr(self, step):
         """Linear warm-up, then a cosine down to a tenth (or constant)."""
@@ -1056,7 +1073,7 @@ class Trainer:
             x_hat = x_hat + (x - sae.b_dec) @ sae.W_skip
         return acts, pairs, x_hat
 
-    def temporal(self, x, bias, pairs, mask):
+    def temporal(self, x, bias, pairs, mask, step):
         """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample).
 
         Their activations are computed again, densely: small enough, and a neighbour's pre-activation then takes part,
@@ -1071,17 +1088,18 @@ class Trainer:
             active[pairs.token.clamp(max=n), pairs.latent.clamp(max=F_)] = True
             active = active[:n, :F_]
         z, active = z.view(*mask.shape, F_), active.view(*mask.shape, F_)
-        z, active, mask = self.reorder(z, active, mask)
         if cfg.temp_codes == "post":
             z = z * active
+        codes, order = (z * active).detach(), mask  # what is slow is judged in the true order, in the controls too
+        z, active, mask = self.reorder(z, active, mask, step)
         if cfg.temp_loss.startswith("infonce"):
             return infonce_loss(z * active, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
         if cfg.temp_loss == "selective":
             moments = pair_moments(z, mask, cfg.window, active)
-            return selective_loss(*moments, *self.gate(z.detach() * active, mask, *moments))
+            return selective_loss(*moments, *self.gate(codes, order, *moments))
         return WINDOW_LOSSES[cfg.temp_loss](z, mask, cfg.window, active)
 
-    def reorder(self, z, active, mask):
+    def reorder(self, z, active, mask, step):
         """The controls: same loss, but its neighbours are not neighbours."""
         (N, T), control = mask.shape, self.cfg.control
         if control == "none":
@@ -1091,7 +1109,8 @@ class Trainer:
             rows, columns = (rows - columns % self.cfg.window) % N, columns.expand(N, T)
             return z[rows, columns], active[rows, columns], (mask[rows, columns] > 0).int()
         run = (mask != mask.roll(1, 1)).cumsum(1)
-        columns = (run + 0.99 * torch.rand(N, T, generator=self.shuffle).to(z.device)).argsort(1)  # inside each run
+        noise = torch.rand(N, T, generator=torch.Generator().manual_seed(step)).to(z.device)
+        columns = (run + 0.99 * noise).argsort(1)  # inside each document
         return z[rows, columns], active[rows, columns], mask
 
     @torch.no_grad()
@@ -1106,8 +1125,9 @@ class Trainer:
         now = torch.stack([(codes.square() * valid).sum((0, 1)) / valid.sum().clamp(min=1) - mean.square(),
                            (a * b * ok).sum((0, 1)) / ok.sum().clamp(min=1) - mean.square(),
                            difference, power])
-        self.moments.lerp_(now, 0.02)  # both sides of each ratio share the zero they start from
-        variance, covariance, difference, power = self.moments
+        self.moments.lerp_(now, 0.02)
+        self.n_moments += 1
+        variance, covariance, difference, power = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
         gate = (rho / max(self.rho, 1e-3)).clamp(max=1) ** self.cfg.gate_power
         weight = gate / ((variance + 0.05 * variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
@@ -1137,6 +1157,7 @@ class Trainer:
         acts, pairs, x_hat = self.forward(x, bias, mask, n_valid)
         residual = x - x_hat
         # fraction of variance unexplained: coefficients mean the same for any model and layer
+        n_valid = max(n_valid, 1)  # a batch of special tokens only is a step of zero gradients
         terms = {"recon": (residual.square().sum(1) * ok).sum() / n_valid / self.variance}
         loss = terms["recon"]
         if cfg.matryoshka_alpha and pairs is not None:
@@ -1147,8 +1168,7 @@ class Trainer:
             terms["l1"] = acts.abs().sum() / n_valid
             loss = loss + cfg.l1_alpha * terms["l1"]
         if cfg.temporal and (weight := self.temp_weight(step)) > 0:
-            self.shuffle = torch.Generator().manual_seed(step)  # only the permuted control draws from it
-            terms["temporal"] = self.temporal(x, bias, pairs, mask)
+            terms["temporal"] = self.temporal(x, bias, pairs, mask, step)
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
                 pull = [torch.autograd.grad(t, sae.W_enc, retain_graph=True)[0].norm() for t in (terms["temporal"], terms["recon"])]
@@ -1172,10 +1192,12 @@ class Trainer:
                 group["lr"] = self.lr(step)
             self.optimizer.step()
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-            fired = (acts > 0).any(0) if pairs is None else pairs.latent_ptr.diff() > 0
-            self.silent_tokens.add_(n_valid).masked_fill_(fired, 0)
-            if log:
+            firings = (acts > 0).sum(0) if pairs is None else torch.zeros_like(self.silent_tokens).index_add_(
+                0, pairs.latent, (acts > 0).float())
+            self.silent_tokens.add_(n_valid).masked_fill_(firings > 0, 0)
+            if step % DEAD_EVERY == 0:  # nonzero waits for the GPU
                 self.dead = (self.silent_tokens > cfg.dead_tokens).nonzero()[:, 0]
+            if log:
                 terms["l0"] = (acts != 0).sum() / n_valid
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
@@ -1183,12 +1205,13 @@ class Trainer:
     def state(self):
         """All that the next step depends on, besides (seed, step)."""
         return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "silent_tokens": self.silent_tokens,
-                "dead": self.dead, "moments": self.moments}
+                "dead": self.dead, "moments": self.moments, "n_moments": self.n_moments}
 
     def load(self, state):
         """Undo `state`."""
         self.sae.load_state_dict(state["sae"]), self.optimizer.load_state_dict(state["optimizer"])
-        self.silent_tokens, self.dead, self.moments = state["silent_tokens"], state["dead"], state["moments"]
+        for name in ("silent_tokens", "dead", "moments", "n_moments"):
+            setattr(self, name, state[name])
 
 
 @torch.no_grad()
@@ -1214,17 +1237,16 @@ def train(cfg, seed, harvest, stop):
     sae = SAE(harvest.acts.shape[-1], cfg.d_sae, cfg.k, cfg.sparsity, cfg.nonlinearity, cfg.layernorm, cfg.skip)
     sae.initialise(cfg.init, harvest.mean, torch.Generator().manual_seed(seed))
     trainer = Trainer(cfg, sae, harvest.variance, harvest.rho, device)
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # TF32
+    torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32, for training only
     first = restore(run_dir, trainer, seed)
 
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1)
     began, tokens = time.perf_counter(), 0
     with open(run_dir / "log.jsonl", "a") as log_file, stop.deferred():
         for step in bar:
-            log = step % cfg.log_every == 0 or step == cfg.steps - 1
+            log, save = step % cfg.log_every == 0 or step == cfg.steps - 1, (step + 1) % cfg.checkpoint_every == 0
             x, mask, n_valid = batch(harvest, cfg, seed, step)
-            terms = trainer.step(x, mask, n_valid, step, log)
+            terms = trainer.step(x, mask, n_valid, step, log or save)  # on a GPU only these steps are checked for NaN
             tokens += n_valid
             if log:
                 line = {name: float(value) for name, value in terms.items()}
@@ -1233,9 +1255,10 @@ def train(cfg, seed, harvest, stop):
                 log_file.write(json.dumps(line) + "\n"), log_file.flush()
                 release(harvest.acts)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}", tok_s=f"{rate:,.0f}", refresh=False)
-            if stop.signal or (step + 1) % cfg.checkpoint_every == 0:
+            if stop.signal or save:
                 checkpoint(run_dir, trainer, seed, step + 1)
                 stop.check()
+    torch.set_float32_matmul_precision("highest")
     if cfg.sparsity == "batchtopk":
         fit_threshold(sae, harvest, cfg)
     sae.fold_scale(harvest.scale)
@@ -1297,15 +1320,19 @@ def save_sae(sae, folder, cfg, x):
     if foreign:
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
-    embedded = {EMBEDDED_LM: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    source = {"model_name": "HuggingFaceTB/SmolLM2-135M-Instruct" if cfg.model == EMBEDDED_LM else cfg.model,
+              "hook_name": f"blocks.{cfg.layer}.hook_resid_post", "hook_layer": cfg.layer, "prepend_bos": True,
+              "context_size": cfg.context_size, "dataset_path": cfg.dataset}
+    if cfg.acts:  # whose they are is not known here
+        source = dict.fromkeys(source) | {"dataset_path": Path(cfg.acts).name}
+    elif cfg.model == EMBEDDED_LM:
+        source["model_weights"] = "Q4_1, dequantised"
     spec = {
         "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "layer_norm" if sae.layernorm else "none",
         "reshape_activations": "none",
         **({"k": sae.k} if sae.sparsity == "topk" else {}),
-        "metadata": {"sae_lens_version": "6.0.0", "model_name": embedded.get(cfg.model, cfg.model),
-                     "hook_name": f"blocks.{cfg.layer}.hook_resid_post", "hook_layer": cfg.layer, "prepend_bos": True,
-                     "context_size": cfg.context_size, "dataset_path": cfg.dataset},
+        "metadata": {"sae_lens_version": "6.0.0", **source},
         "temporal_sae": {"k": sae.k, "sparsity": sae.sparsity, "nonlinearity": sae.nonlinearity,
                          "layernorm": sae.layernorm, "skip": cfg.skip, "sha256": tensor_hash(tensors)},
     }
@@ -1361,6 +1388,12 @@ def comparable(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in ("out_dir", "resume", "overwrite", "debug", "cache_dir")}
 
 
+def made_by(run_dir):
+    """SHA-256 of the experiment.py that made a run; None for a directory that is no run."""
+    path = run_dir / "environment.json"
+    return json.loads(path.read_text()).get("experiment_sha256") if path.exists() else None
+
+
 def check_claim(cfg):
     """Raise ValueError for a run directory that is in use and not to be resumed, or that does not fit what is resumed."""
     run_dir, saved = cfg.run_dir, cfg.run_dir / "config.json"
@@ -1372,7 +1405,9 @@ def check_claim(cfg):
         differ = [k for k, v in comparable(cfg).items() if old.get(k) != v]
         if differ:
             raise ValueError(f"--resume: {run_dir} was made with other settings of {', '.join(differ)}")
-    elif found and not saved.exists():
+        if made_by(run_dir) != hashlib.sha256(SOURCE.encode()).hexdigest():
+            raise ValueError(f"--resume: {run_dir} was made by another experiment.py than this one")
+    elif found and not made_by(run_dir):
         raise ValueError(f"{run_dir} holds something that is not a run: choose another --out_dir")
     elif found and not cfg.overwrite:
         # a clone brings the records of our runs without their weights; git can bring them back, so they may go

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import evaluate
 import experiment
@@ -708,7 +708,7 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, flicker=None
     if name == "variance":
         return (window - 1) / window * difference.sum() / power.sum()
     if name == "autocorr":
-        return difference.sum() / (2 * torch.stack([z[n, t] for n, t in valid]).var(0, correction=0).sum().detach())
+        return difference.sum() / (2 * torch.stack([z[n, t] * active[n, t] for n, t in valid]).var(0, correction=0).sum().detach())
     if name == "selective":
         return (weight * (difference - flicker * power)).sum() / 2
     return difference.sum()
@@ -1668,12 +1668,17 @@ def test_the_table_of_the_study_is_runnable(capsys):
 def test_the_study_runs_what_is_missing_and_reports_what_fails(work, tiny, monkeypatch, capsys):
     import train
     runs = work / "study"
-    (runs / "done").mkdir(parents=True), (runs / "done" / "final_info.json").write_text("{}")
     monkeypatch.setattr(experiment, "RUNS", runs)
-    monkeypatch.setattr(train, "STUDY", {"done": ["--no_such_flag"], "wrong": ["--k", "0"]})
+    monkeypatch.setattr(train, "STUDY", {"done": ["--k", "8"], "wrong": ["--k", "0"]})
+    (runs / "done").mkdir(parents=True), (runs / "done" / "final_info.json").write_text("{}")
+    (runs / "done" / "config.json").write_text(json.dumps(experiment.asdict(experiment.Config(out_dir="done", k=8))))
+    assert train.done("done") and not train.done("wrong")
+    train.STUDY["other"] = ["--k", "9"]
+    shutil.copytree(runs / "done", runs / "other")
+    assert not train.done("other"), "a record that was made with other settings than the table's is not done"
     code = train.main(["done", "wrong"])
     err = capsys.readouterr().err
-    assert code == 1 and "wrong" in err and "--k" in err and "no_such_flag" not in err
+    assert code == 1 and "wrong" in err and "--k" in err and "done" not in err
 
 
 def test_pictures_are_drawn_from_json_alone(base, seeds, work):

@@ -10,6 +10,7 @@ A finished run (it has a final_info.json) is skipped, an interrupted one is resu
 the end and does not stop the rest.
 """
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -66,8 +67,12 @@ STUDY = {name: flags.split() for name, flags in STUDY.items()}
 
 
 def done(name):
-    """A run is done when it is scored."""
-    return (experiment.RUNS / name / "final_info.json").exists()
+    """A run is done when it is scored, with the settings that the table and experiment.py's defaults give it now."""
+    folder = experiment.RUNS / name
+    if not (folder / "final_info.json").exists():
+        return False
+    saved, wanted = json.loads((folder / "config.json").read_text()), experiment.parse(["--out_dir", name, *STUDY[name]])
+    return all(saved.get(k) == v for k, v in experiment.comparable(wanted).items())
 
 
 def start(name, jobs):
