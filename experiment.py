@@ -1076,7 +1076,8 @@ class Trainer:
         else:
             with torch.no_grad():
                 pairs, pre, threshold = select(sae, x, bias, ok, n_valid, self.matmul_dtype)
-                sae.threshold.copy_(threshold)  # of this batch: the next one's hint; fit_threshold has the last word
+                if sae.sparsity == "batchtopk":
+                    sae.threshold.copy_(threshold)  # of this batch: the next one's hint; fit_threshold has the last word
             acts = sae.activate(SparseEncode.apply(x, sae.W_enc, bias, pre, pairs)) * ok[pairs.token]
             decoded = SparseDecode.apply(acts, sae.W_dec, pairs)
         x_hat = decoded + sae.b_dec
