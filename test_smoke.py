@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -1703,4 +1704,25 @@ def test_the_benchmarked_step_is_a_training_step(kind):
     assert all(map(math.isfinite, losses)) and losses[-1] < .8 * losses[0]
 
 
-# -- here follow, once they exist: `python bench.py --acts`, and the numbers in notes.txt and README.md against runs/
+def agrees(text, value):
+    """Whether a number as written ("0.8611", "+0.5") is `value` rounded to as many decimals."""
+    return abs(float(text) - value) <= 0.5000001 * 10.0 ** -len(text.partition(".")[2])
+
+
+def test_the_numbers_of_readme_and_notes_are_those_of_the_records():
+    scores = {p.parent.name: next(iter(read(p).values())) for p in (HERE / "runs").glob("*/final_info.json")}
+    rows = re.findall(r"^\|[^|`]*\(`(\w+)`\) \| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \| (×?) ?([+-]?[\d.]+) ±", (HERE / "README.md").read_text(), re.M)
+    assert len(rows) >= 8
+    for key, *numbers, times, change in rows:
+        for run, mean, error in (("run_0", *numbers[:2]), ("run_6", *numbers[2:])):
+            assert agrees(mean, scores[run]["means"][key]) and agrees(error, scores[run]["stderrs"][key]), (run, key)
+        a, b = (np.array(scores[run]["final_info_dict"][key]) for run in ("run_0", "run_6"))
+        assert agrees(change, (b / a if times else b - a).mean()), (key, change)
+    sections = re.split(r"^## Run (\d+)", (HERE / "notes.txt").read_text(), flags=re.M)
+    checked = 0
+    for number, text in zip(sections[1::2], sections[2::2]):
+        for key, mean, error in re.findall(r"^- (\w+): ([\d.-]+) ± ([\d.]+)$", text.partition("Analysis:")[0], re.M):
+            means, errors = scores[f"run_{number}"]["means"], scores[f"run_{number}"]["stderrs"]
+            assert agrees(mean, means[key]) and agrees(error, errors[key]), (number, key, mean)
+            checked += 1
+    assert checked >= 7 * 16
