@@ -135,6 +135,7 @@ def bars(ax, runs, metric, side, fmt, ylabel):
 
 
 def metrics_comparison(runs):
+    """Bars of every run of the ladder: fidelity, sparsity, behaviour of the LM."""
     (top,), (middle,), (bottom,) = canvas(3, 1, 8.2, "Scores on held-out documents", [run.n for run in runs], sharex=True)
     right = middle.twinx()
     right.spines["right"].set_visible(True)
@@ -148,6 +149,7 @@ def metrics_comparison(runs):
 
 
 def training_curves(runs):
+    """Reconstruction loss and sparsity over training steps."""
     (top,), (bottom,) = canvas(2, 1, 7.2, "Training", [len(run.curve("recon")[1]) for run in runs], sharex=True)
     for run in runs:
         mark = {"marker": run.marker, "markersize": 5, "markevery": 0.15, "linewidth": 1.4}
@@ -168,6 +170,7 @@ def training_curves(runs):
 
 # -- What the temporal loss buys and costs: consistency.png, frontier.png, ablation.png ----------------------
 def consistency(runs):
+    """Autocorrelation of codes by lag, with its null and its ceiling; at lag 1 by firing rate."""
     axes = canvas(2, 2, 8.0, "Do codes last from token to token?", [len(run.consistency) for run in runs]).ravel()
     first = runs[0].consistency[0]  # its lags and raw activations hold for all: the held-out rows are the same
     for ax, name, weight, title in zip(axes, ("autocorr", "autocorr", "autocorr_within"), ("mean", "mass", "mean"),
@@ -194,6 +197,7 @@ def consistency(runs):
 
 
 def frontier(runs):
+    """Explained variance against autocorrelation within documents."""
     ((ax,),) = canvas(1, 1, 6.2, "What consistency costs", [run.n for run in runs])
     our_loss = [run.config["temp_loss"] for run in runs if run.name == OURS]
     lines, spare = {}, iter(reversed(COLOURS))  # loss -> its runs frontier_<loss>_<coefficient>
@@ -215,6 +219,7 @@ def frontier(runs):
 
 
 def ablation(runs):
+    """Window x coefficient: gain in autocorrelation and cost in explained variance, against the first run, the baseline."""
     base, *grid = runs
     tables = {}  # loss -> {(window, coefficient): (gain, cost)}, each a mean and standard error over paired seeds
     for run in grid:
@@ -241,6 +246,7 @@ def ablation(runs):
 
 # -- What the features do (first seed): feature_timeline, position_correlation, redundancy, clusters ---------
 def feature_timeline(runs, shown=56):  # tokens along x; more could not be read
+    """Strips of the most active latents along one held-out passage; the tokens stand below."""
     passages = [run.consistency[0]["timeline"] for run in runs]
     tokens = [re.sub("^[Ġ▁]", "", t).replace("Ċ", "⏎").replace("\n", "⏎") for t in passages[0]["tokens"][:shown]]
     axes = canvas(len(runs), 1, 1.3 + 2.7 * len(runs), f"Most active latents, held-out passage: {passages[0]['doc']}")
@@ -256,6 +262,7 @@ def feature_timeline(runs, shown=56):  # tokens along x; more could not be read
 
 
 def position_correlation(runs):
+    """Correlation of codes and of raw activations between positions of a context."""
     panels = [(f"codes, {run.label}", run.consistency[0]["position_corr"], "codes") for run in runs]
     panels.append(("raw activations", runs[0].consistency[0]["position_corr"], "raw"))
     tables = [np.array(one[key], float) for _, one, key in panels]
@@ -271,6 +278,7 @@ def position_correlation(runs):
 
 
 def redundancy(runs):
+    """Latent x latent correlation ordered by cluster, and the histogram of best partners."""
     found = [run.consistency[0]["redundancy"] for run in runs]
     low = min(np.min(one["matrix"]["corr"]) for one in found)
     ((*squares, right),) = canvas(1, len(runs) + 1, 4.1, "Redundant latents")
@@ -291,6 +299,7 @@ def redundancy(runs):
 
 
 def clusters(runs):
+    """Latents by activation pattern: scatter, and shares by kind."""
     axes = canvas(2, 2, 7.2, "Kinds of latents by activation pattern", height_ratios=[1.5, 1])
     axes[0, 1].set_visible(len(runs) == 2)
     for i, run in enumerate(runs):
@@ -331,6 +340,7 @@ def choose(runs):
 
 
 def main():
+    """The command. Exit code 0, 1 if there is no run, 2 bad usage."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"plot.py: {message}\n")
