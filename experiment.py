@@ -14,6 +14,7 @@ consistency.json and final_info.json (the headline numbers).
 """
 import argparse
 import contextlib
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -39,6 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -50,6 +52,7 @@ from evaluate import write_json
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
 
@@ -179,6 +182,9 @@ def check(cfg):
         raise ValueError(f"--chunk_size {cfg.chunk_size} must divide --context_size {cfg.context_size}")
     if cfg.batch_size % cfg.chunk_size:
         raise ValueError(f"--chunk_size {cfg.chunk_size} must divide --batch_size {cfg.batch_size}")
+    for name, chunks in (("batch_size", cfg.batch_size // cfg.chunk_size), ("temp_chunks", cfg.temp_chunks)):
+        if chunks % WORLD:
+            raise ValueError(f"--{name}: its {chunks} chunks cannot be shared evenly by {WORLD} processes")
     if cfg.k > cfg.d_sae:
         raise ValueError(f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}")
     if not 0 < cfg.temporal_fraction <= 1:
@@ -202,7 +208,8 @@ def check(cfg):
 
 def pick_device(name):
     """auto means cuda, then cpu. mps has returned wrong numbers on several torch releases: only by name."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return f"cuda:{LOCAL_RANK}" if name == "cuda" else name
 
 
 def pick_dtype(name, device):
@@ -379,7 +386,7 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
 
     x (B,d_in), mask (B,) bool, n_valid = mask.sum() known on the host; sae.threshold is the last step's.
     The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
-    computed in float32 and the k per token, or k*n_valid per batch, are cut from those.
+    computed in float32 and the k per token, or k*n_valid per batch (of all processes), are cut from those.
     Returns Pairs, their pre-activations (P,) in float32, and the smallest selected one (0-dim tensor).
     """
     n, keep = len(x), sae.k * n_valid
@@ -388,20 +395,22 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
         token = torch.arange(n, device=x.device).repeat_interleave(sae.k)
         latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
     elif x.is_cuda:  # nonzero would wait for the GPU; a global top-k is fast there and of fixed size
-        flat = dense.masked_fill(~mask[:, None], -torch.inf).flatten().topk(keep, sorted=False).indices.sort().values
+        most = keep if WORLD == 1 else min(keep, 2 * keep // WORLD)  # of many processes none is expected to hold twice its share
+        flat = dense.masked_fill(~mask[:, None], -torch.inf).flatten().topk(most, sorted=False).indices.sort().values
         token, latent = flat // sae.d_sae, flat % sae.d_sae
     else:  # a global top-k costs three times the matmul here; counting above a hint costs a tenth
         dense.index_fill_(0, (~mask).nonzero()[:, 0], -torch.inf)
         for slack in (0.9, 0.6, 0.0):
             flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
-            if len(flat) >= keep:
+            if agreed(torch.tensor(len(flat))) >= keep:
                 break
         token = flat // sae.d_sae
         latent = flat - token * sae.d_sae
     pre = pair_dots(x, sae.W_enc.t(), token, latent, edges(token, n)) + bias[latent]
-    threshold = pre.min() if len(pre) else bias.new_zeros(())
-    if sae.sparsity == "batchtopk" and len(pre) > keep:  # what the hint let through beyond k a token
-        threshold = pre.topk(keep, sorted=False).values.min()
+    everyone = gathered(pre) if sae.sparsity == "batchtopk" else pre
+    threshold = everyone.min() if len(everyone) else bias.new_zeros(())
+    if sae.sparsity == "batchtopk" and len(everyone) > keep:  # what the hint let through beyond k a token
+        threshold = everyone.topk(keep, sorted=False).values.min()
         chosen = (pre >= threshold).nonzero()[:, 0]
         token, latent, pre = token[chosen], latent[chosen], pre[chosen]
     return make_pairs(token, latent, n, sae.d_sae), pre, threshold
@@ -518,8 +527,9 @@ WINDOW_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": a
 
 
 def say(text):
-    """A line for the person who waits, on stderr, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """A line for the person who waits, on stderr, above a progress bar if there is one. Of many processes the first says it."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def first_line(error):
@@ -528,12 +538,13 @@ def first_line(error):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; whatever was under way has been saved."""
+    """SIGINT or SIGTERM (its number is the argument) arrived; whatever was under way has been saved."""
 
 
 class Stop:
     """SIGINT and SIGTERM: inside `with stop.deferred():` the first one only sets a flag, which the loop looks at when
-    a step is whole; elsewhere it raises Interrupted on the spot. A second one leaves at once."""
+    a step is whole; elsewhere it raises Interrupted on the spot. The same one again leaves at once (under torchrun
+    Ctrl-C arrives as SIGINT from the terminal and as SIGTERM from torchrun: that is once)."""
 
     def __init__(self):
         self.signal, self.wait = 0, False
@@ -542,11 +553,13 @@ class Stop:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal:
+        if self.signal == number:
             os._exit(128 + number)
+        if self.signal:
+            return
         self.signal = number
         if not self.wait:
-            raise Interrupted
+            raise Interrupted(number)
         say("stopping after this step; once more to leave at once")
 
     @contextlib.contextmanager
@@ -560,7 +573,7 @@ class Stop:
     def check(self):
         """Raise Interrupted if a signal has come."""
         if self.signal:
-            raise Interrupted
+            raise Interrupted(self.signal)
 
 
 def replace(path, text):
@@ -1015,7 +1028,7 @@ def chunk_order(seed, epoch, chunks):
 
 
 def batch(harvest, cfg, seed, step):
-    """Step's batch: x (B,d_in) float32 scaled, mask (B/C,C) int32, number of valid tokens.
+    """Step's batch: x (B,d_in) float32 scaled, mask (B/C,C) int32 (this process's share), number of valid tokens in all.
 
     Chunks of C neighbouring tokens are shuffled, not tokens, so windows stay whole while a batch mixes many
     documents. The order is a function of (seed, step) alone: resuming needs no cursor, and runs are paired."""
@@ -1024,10 +1037,69 @@ def batch(harvest, cfg, seed, step):
     chunks = N * T // C
     at = step * per_step + np.arange(per_step)
     ids = np.array([chunk_order(seed, int(a // chunks), chunks)[a % chunks] for a in at])
+    n_valid = int((harvest.mask.reshape(-1, C)[ids] > 0).sum())
+    ids = ids[RANK::WORLD]
     x = as_float(harvest.acts.reshape(-1, C, d_in)[ids]).reshape(-1, d_in)
-    mask = harvest.mask.reshape(-1, C)[ids]
+    mask = torch.from_numpy(harvest.mask.reshape(-1, C)[ids])
     device = pick_device(cfg.device)
-    return (x * harvest.scale).to(device, non_blocking=True), torch.from_numpy(mask).to(device), int((mask > 0).sum())
+    return (x * harvest.scale).to(device, non_blocking=True), mask.to(device, non_blocking=True), n_valid
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many processes, one run (torchrun): each has every WORLD-th chunk of a batch, and all that a step decides is agreed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join(device):
+    """Meet the other processes that torchrun started: gloo for what is on the host, nccl for what is on a GPU."""
+    if WORLD > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one harvests while the others wait
+
+
+def agreed(tensor):
+    """Sum a tensor over the processes, in place. With one process there is nothing to do, here and below."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def highest(number):
+    """The largest of the processes' whole numbers. On the host, so that a GPU need not wait."""
+    if WORLD > 1:
+        box = torch.tensor(number)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        number = int(box)
+    return number
+
+
+def gathered(tensor):
+    """The processes' values (P,), of any lengths, one after the other."""
+    if WORLD == 1:
+        return tensor
+    lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(WORLD)]
+    dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+    longest = int(max(lengths))
+    parts = [tensor.new_empty(longest) for _ in range(WORLD)]
+    dist.all_gather(parts, F.pad(tensor, (0, longest - len(tensor))))
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths)])
+
+
+def interleaved(chunks):
+    """The processes' chunks (N, ...), N the same for all, in the order that one process would have them in."""
+    if WORLD == 1:
+        return chunks
+    parts = [torch.empty_like(chunks) for _ in range(WORLD)]
+    dist.all_gather(parts, chunks.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def shared(value):
+    """The first process's `value` (anything that can be pickled), in all of them."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1089,17 +1161,19 @@ class Trainer:
         """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample).
 
         Their activations are computed again, densely: small enough, and a neighbour's pre-activation then takes part,
-        with a gradient of its own, also where it lost the selection."""
+        with a gradient of its own, also where it lost the selection. Of many processes each sees the whole sample."""
         cfg, sae, F_ = self.cfg, self.sae, self.n_bound
-        mask = mask[: cfg.temp_chunks]
+        mask = mask[: cfg.temp_chunks // WORLD]
         n, W = mask.numel(), sae.W_enc.t()[:F_]
-        z = sae.activate(F.linear(x[:n].to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:F_])
-        active = z > 0
+        active = None
         if pairs is not None:  # row n and column F_ take what lies outside: no host sync
             active = torch.zeros(n + 1, F_ + 1, dtype=torch.bool, device=x.device)
             active[pairs.token.clamp(max=n), pairs.latent.clamp(max=F_)] = True
-            active = active[:n, :F_]
-        z, active = z.view(*mask.shape, F_), active.view(*mask.shape, F_)
+            active = interleaved(active[:n, :F_].view(*mask.shape, F_))
+        x, mask = interleaved(x[:n].view(*mask.shape, -1)), interleaved(mask)
+        z = sae.activate(F.linear(x.flatten(0, 1).to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:F_])
+        z = z.view(*mask.shape, F_)
+        active = z > 0 if active is None else active
         if cfg.temp_codes == "post":
             z = z * active
         codes, order = (z * active).detach(), mask  # what is slow is judged in the true order, in the controls too
@@ -1156,12 +1230,13 @@ class Trainer:
         codes = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         left, ok = residual[:n].detach(), ok[:n]
         error = (left - (codes.to(dtype) @ sae.W_dec[dead].to(dtype)).float()).square().sum(1) * ok
-        return error.sum() / (left.square().sum(1) * ok).sum().clamp(min=1e-8)
+        return error.sum() / agreed((left.square().sum(1) * ok).sum()).clamp(min=1e-8)
 
     def step(self, x, mask, n_valid, step, log=False):
         """One optimiser step: forward, losses, backward, update. Returns the loss terms (0-dim tensors).
 
-        x (B,d_in) float32 scaled activations, mask (B/C,C) int32, n_valid valid tokens among them.
+        x (B,d_in) float32 scaled activations, mask (B/C,C) int32, n_valid valid tokens among them and, of many processes,
+        among the others' too: each term is this process's part of a sum over all, and so is its gradient.
         Raises FloatingPointError before the update when a loss or gradient is not finite."""
         cfg, sae, ok = self.cfg, self.sae, (mask.flatten() > 0).float()
         if cfg.layernorm:
@@ -1181,21 +1256,31 @@ class Trainer:
             terms["l1"] = acts.abs().sum() / n_valid
             loss = loss + cfg.l1_alpha * terms["l1"]
         if cfg.temporal and (weight := self.temp_weight(step)) > 0:
-            terms["temporal"] = self.temporal(x, bias, pairs, mask, step)
+            terms["temporal"] = self.temporal(x, bias, pairs, mask, step) / WORLD
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
-                pull = [torch.autograd.grad(terms[name], sae.W_enc, retain_graph=True)[0].norm() for name in ("temporal", "recon")]
-                terms["temporal_grad_ratio"] = weight * pull[0] / pull[1]
+                pull = [agreed(torch.autograd.grad(terms[name], sae.W_enc, retain_graph=True)[0].contiguous()).norm()
+                        for name in ("temporal", "recon")]
         if cfg.auxk_alpha and len(self.dead):
             terms["auxk"] = self.auxk(x, bias, residual, ok)
             loss = loss + cfg.auxk_alpha * terms["auxk"]
+        terms["loss"] = loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
+            firings = (acts > 0).sum(0).float() if pairs is None else torch.zeros_like(self.silent_tokens).index_add_(
+                0, pairs.latent, (acts > 0).float())
+            if WORLD > 1:  # everything in one message
+                parts = [p.grad for p in sae.parameters()] + [firings, torch.stack(list(terms.values()))]
+                whole = agreed(torch.cat([part.flatten() for part in parts]))
+                for part, summed in zip(parts, whole.split([part.numel() for part in parts])):
+                    part.copy_(summed.view_as(part))
+                terms = dict(zip(terms, parts[-1]))
+            if "temporal" in terms and log:
+                terms["temporal_grad_ratio"] = weight * pull[0] / pull[1]
             # rows stay on the unit sphere: only the gradient along it is a change of direction
             sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
             terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg.grad_clip or math.inf)
-            terms["loss"] = loss.detach()
             bad = ~torch.isfinite(terms["loss"] + terms["grad_norm"])
             self.optimizer.found_inf = bad.float()  # fused Adam then leaves the weights alone, without a host sync
             if (log or not x.is_cuda) and bad:
@@ -1205,13 +1290,11 @@ class Trainer:
                 group["lr"] = self.lr(step)
             self.optimizer.step()
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-            firings = (acts > 0).sum(0) if pairs is None else torch.zeros_like(self.silent_tokens).index_add_(
-                0, pairs.latent, (acts > 0).float())
             self.silent_tokens.add_(n_valid).masked_fill_(firings > 0, 0)
             if step % DEAD_EVERY == 0:  # nonzero waits for the GPU
                 self.dead = (self.silent_tokens > cfg.dead_tokens).nonzero()[:, 0]
             if log:
-                terms["l0"] = (acts != 0).sum() / n_valid
+                terms["l0"] = agreed((acts != 0).sum()) / n_valid
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
 
@@ -1253,9 +1336,10 @@ def train(cfg, seed, harvest, stop):
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32, for training only
     first = restore(run_dir, trainer, seed)
 
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1)
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1,
+               disable=RANK > 0)
     began, tokens = time.perf_counter(), 0
-    with open(run_dir / "log.jsonl", "a") as log_file, stop.deferred():
+    with open(run_dir / "log.jsonl" if RANK == 0 else os.devnull, "a") as log_file, stop.deferred():
         for step in bar:
             log, save = step % cfg.log_every == 0 or step == cfg.steps - 1, (step + 1) % cfg.checkpoint_every == 0
             x, mask, n_valid = batch(harvest, cfg, seed, step)
@@ -1268,9 +1352,11 @@ def train(cfg, seed, harvest, stop):
                 log_file.write(json.dumps(line) + "\n"), log_file.flush()
                 release(harvest.acts)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}", tok_s=f"{rate:,.0f}", refresh=False)
-            if stop.signal or save:
+            number = highest(stop.signal)  # all stop after the same step
+            if (number or save) and RANK == 0:
                 checkpoint(run_dir, trainer, seed, step + 1)
-                stop.check()
+            if number:
+                raise Interrupted(number)
     torch.set_float32_matmul_precision("highest")
     if cfg.sparsity == "batchtopk":
         fit_threshold(sae, harvest, cfg)
@@ -1296,16 +1382,14 @@ def checkpoint(run_dir, trainer, seed, step):
 def restore(run_dir, trainer, seed):
     """Load the checkpoint if it is of this seed, cut log.jsonl back to it, return the next step."""
     path, log, first = run_dir / "checkpoint" / "state.pt", run_dir / "log.jsonl", 0
-    if path.exists():
-        try:
-            state = torch.load(path, weights_only=True)
-            if state["seed"] == seed:
-                trainer.load(state)
-                first = state["step"]
-        except Exception as e:  # torch raises many kinds for a damaged or malicious file
-            raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); "
-                               "--overwrite starts again") from None
-    if log.exists():
+    try:  # the first process reads: of several machines only its own need hold the run directory
+        state = shared(torch.load(path, weights_only=True) if RANK == 0 and path.exists() else None)
+        if state and state["seed"] == seed:
+            trainer.load(state)
+            first = state["step"]
+    except Exception as e:  # torch raises many kinds for a damaged or malicious file
+        raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); --overwrite starts again") from None
+    if RANK == 0 and log.exists():
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may tear the last one
         lines = [line for line in lines if (at := json.loads(line))["seed"] != seed or at["step"] < first]
         replace(log, "".join(line + "\n" for line in lines))
@@ -1451,6 +1535,12 @@ def claim(cfg):
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. Returns the contents of final_info.json."""
     run_dir, seeds = cfg.run_dir, range(cfg.seed, cfg.seed + cfg.n_seeds)
+    if RANK > 0:  # the first process writes and scores; the others wait for its harvest and train with it
+        todo = shared(None)
+        harvest = load_harvest(cfg, stop) if todo else None
+        for seed in todo:
+            train(cfg, seed, harvest, stop)
+        return {}
     check_claim(cfg)
     run_dir.mkdir(parents=True, exist_ok=True)
     with held(run_dir / ".lock"):
@@ -1460,6 +1550,7 @@ def run(cfg, stop):
             harvest = load_harvest(cfg, stop) if todo else None
             if not cfg.resume:
                 claim(cfg)
+            shared(todo)
             for seed in todo:
                 sae = train(cfg, seed, harvest, stop)
                 x = as_float(np.array(harvest.acts[0]))[torch.from_numpy(harvest.mask[0] > 0)][:8].contiguous()
@@ -1496,16 +1587,20 @@ def main(argv=None):
         check(cfg)
         if not cfg.acts:
             check_lm(cfg)
-        print(f"run directory: {cfg.run_dir}", flush=True)
+        join(pick_device(cfg.device))
+        if RANK == 0:
+            print(f"run directory: {cfg.run_dir}", flush=True)
         info = run(cfg, stop)
+        if RANK > 0:
+            return 0
         print("---")
         for name, value in next(iter(info.values()))["means"].items():
             print(f"{name}: {value:.6g}")
         print(f"run directory: {cfg.run_dir}\nnext: python plot.py")
         return 0
-    except Interrupted:
+    except Interrupted as e:
         say("stopped; go on with the same command" + (" and --resume" if (cfg.run_dir / "config.json").exists() else ""))
-        return 128 + stop.signal
+        return 128 + e.args[0]
     except Exception as e:  # whatever went wrong, the user gets one sentence; --debug shows the traceback
         if debug:
             traceback.print_exc()

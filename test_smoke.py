@@ -1331,6 +1331,8 @@ def child(words, report, how=None):
     torch.set_num_threads(1)
     how = how or {}
     os.environ.update(how.get("environ", {}))
+    if "WORLD_SIZE" in os.environ:  # read at import, which has been
+        experiment.RANK, experiment.WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "memory" in how:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + how["memory"],) * 2)
@@ -1411,6 +1413,63 @@ def test_killed_twenty_times_a_run_still_ends_and_loses_nothing(work, tiny, proc
     assert (out / "final_info.json").read_bytes() == (whole / "final_info.json").read_bytes()
     assert (out / "seed_0" / "reference.safetensors").read_bytes() == (whole / "seed_0" / "reference.safetensors").read_bytes()
     assert not list(out.rglob("*.part"))
+
+
+def ranks(processes, words, report, world=2, **how):
+    """What torchrun does: `world` processes that know of each other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environ = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(port)}
+    return [processes(words, report, environ=environ(rank), **how) for rank in range(world)]
+
+
+# Two processes add the same numbers in another order. Where that flips a selection the difference grows, as it does between
+# two numbers of threads: these settings have no such flip, any of them would show a term that is counted wrongly.
+@pytest.mark.parametrize("variant", [{}, dict(sparsity="topk", temp_loss="infonce", temp_alpha=0.1), dict(sparsity="l1", temp_loss="sqdiff"),
+                                     dict(control="other_docs", temp_loss="autocorr"), dict(matryoshka_alpha=1, temporal_fraction=0.25)], ids=str)
+def test_two_processes_train_the_weights_of_one(work, tiny, acts_file, processes, variant, unscored):
+    name = hashlib.sha256(str(variant).encode()).hexdigest()[:8]
+    settings = dict(acts=acts_file, eval_rows=20, d_sae=48, k=3, train_tokens=256 * 50, window=2, lr=1e-3, dead_tokens=600) | variant
+    assert experiment.main(argv(tiny, out_dir=work / f"one_{name}", **settings)) == 0
+    report = work / f"two_{name}.txt"
+    two = ranks(processes, argv(tiny, out_dir=work / f"two_{name}", **settings), report)
+    [process.join(60) for process in two]
+    assert [process.exitcode for process in two] == [0, 0], said(report)[-900:]
+    one, both = (load_file(work / f"{n}_{name}" / "seed_0" / "sae_weights.safetensors") for n in ("one", "two"))
+    for tensor in one:
+        assert torch.allclose(one[tensor], both[tensor], rtol=0, atol=1e-5), (tensor, (one[tensor] - both[tensor]).abs().max())
+    single, double = log_lines(work / f"one_{name}"), log_lines(work / f"two_{name}")
+    assert any("temporal" in line for line in single) and (any("auxk" in line for line in single) or "sparsity" in variant)
+    assert len(single) == len(double)
+    for a, b in zip(single, double):
+        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6) for key in a), (a, b)
+    assert said(report).count("run directory:") == 2, "the first process alone speaks"  # at the start and at the end
+
+
+def test_processes_stop_together_and_go_on(work, tiny, baseline, processes):
+    """A signal to one of them; then both go on and end where they would have ended."""
+    settings = dict(temp_alpha=0, train_tokens=256 * 4000, checkpoint_every=10**6)
+    out, report = work / "stopped_ranks", work / "stopped_ranks.txt"
+    two = ranks(processes, argv(tiny, out_dir=out, **settings), report)
+    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 3, "training", two[0])
+    os.kill(two[1].pid, signal.SIGTERM)
+    [process.join(60) for process in two]
+    assert [process.exitcode for process in two] == [143, 143], said(report)[-900:]
+    stopped = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"]
+    assert 0 < stopped < 4000
+    again = ranks(processes, argv(tiny, out_dir=out, **settings, resume=True), report)
+    [process.join(120) for process in again]
+    assert [process.exitcode for process in again] == [0, 0], said(report)[-900:]
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()][-1] == 3999
+
+
+def test_torchrun_itself(work, tiny, acts_file):
+    settings = dict(acts=acts_file, eval_rows=20, d_sae=24, k=2, train_tokens=256 * 5)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", experiment.__file__]
+    done = subprocess.run([*command, *argv(tiny, out_dir=work / "torchrun", **settings)], capture_output=True, text=True, cwd=work)
+    assert done.returncode == 0, done.stderr[-900:]
+    assert done.stdout.count("explained_variance:") == 1 and (work / "torchrun" / "final_info.json").exists()
 
 
 def test_a_second_interrupt_leaves_at_once(work, tiny, processes):
