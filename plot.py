@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 labels = {  # run directory -> label, in the order drawn
     "run_0": "baseline",
@@ -33,7 +34,7 @@ labels = {  # run directory -> label, in the order drawn
     "control_permuted": "control: tokens permuted in their document",
 }
 BASELINE, OURS, RIVAL = "run_0", "run_6", "tsae_paper"  # whom consistency.png and the pictures after it compare
-STUDY = re.compile(r"tsae|matryoshka|control_|frontier_|grid_|k\d+_")  # not in the first two pictures
+STUDY = re.compile(r"tsae|matryoshka|control_|grid_|k\d+_")  # not in the first two pictures
 
 
 # -- Style: one colour and marker for each run, the same in every picture ------------------------------------
@@ -45,6 +46,10 @@ COLOURS = ["#111111", "#332288", "#882255", "#117733", "#44AA99", "#DDCC77", "#D
 MARKERS = "*ov^<>DsPXhdp8H4"
 CLUSTERS = {"positional": ("#44AA99", "s"), "local/token": ("#BBBBBB", "o"), "segment": ("#0072B2", "^"),
             "document/topic": ("#661100", "D")}  # the names evaluate.py gives
+LOSSES = {  # loss of a grid run ("": none) -> label, colour, marker, line; those of its full-budget run where it has one
+    "": ("baseline", "#111111", "*", "none"), "selective": ("selective (ours)", "#D55E00", "D", "-"),
+    "infonce": ("InfoNCE (T-SAE)", "#56B4E9", "s", "--"), "sqdiff": ("squared difference", "#332288", "o", "-."),
+    "autocorr": ("autocorrelation", "#E69F00", "^", ":"), "variance": ("window variance", "#AA4499", "v", (0, (5, 1, 1, 1)))}
 
 plt.switch_backend("Agg")  # draw to files; no display needed
 plt.rcParams.update({"axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -169,8 +174,23 @@ def training_curves(runs):
 
 
 # -- What the temporal loss buys and costs: consistency.png, frontier.png, ablation.png ----------------------
+def gains(base, run):
+    """How much higher a latent's autocorrelation at lag 1 is than base's: [as it is, at equal firing rates], a value a seed.
+
+    The second is c in autocorrelation ~ a + b log10(firing rate) + c [latent of run], fitted to all latents of both runs."""
+    seeds = []
+    for tables in zip(base.consistency, run.consistency):
+        rho, rate = (np.concatenate([np.array(one["latents"][key], float) for one in tables])
+                     for key in ("autocorr_1", "rate"))
+        second = np.repeat([0.0, 1.0], [len(one["latents"]["rate"]) for one in tables])
+        known = np.isfinite(rho)
+        fit = np.linalg.lstsq(np.c_[np.ones(known.sum()), np.log10(rate[known]), second[known]], rho[known])[0]
+        seeds.append((rho[known & (second == 1)].mean() - rho[known & (second == 0)].mean(), fit[2]))
+    return np.transpose(seeds)
+
+
 def consistency(runs):
-    """Autocorrelation of codes by lag, with its null and its ceiling; at lag 1 by firing rate."""
+    """Autocorrelation of codes by lag, with its null and the raw activations'; at lag 1 by firing rate."""
     axes = canvas(2, 2, 8.0, "Do codes last from token to token?", [len(run.consistency) for run in runs]).ravel()
     first = runs[0].consistency[0]  # its lags and raw activations hold for all: the held-out rows are the same
     for ax, name, weight, title in zip(axes, ("autocorr", "autocorr", "autocorr_within"), ("mean", "mass", "mean"),
@@ -179,7 +199,7 @@ def consistency(runs):
             codes, null = ([s[key]["whole"][weight] for s in run.consistency] for key in (name, name + "_null"))
             band(ax, first["lags"], codes, run, label=run.label, marker=run.marker)
             band(ax, first["lags"], null, run, "--", linewidth=1)
-        ax.plot(first["lags"], np.array(first[name + "_raw"][weight], float), "-.", color="0.5", label="raw activations (ceiling)")
+        ax.plot(first["lags"], np.array(first[name + "_raw"][weight], float), "-.", color="0.5", label="raw activations")
         ax.axhline(0, color="0.3", linewidth=0.6)
         ax.set_xscale("log", base=2)
         ax.set(title=title, xlabel="lag (tokens)", xticks=first["lags"], xticklabels=first["lags"])
@@ -190,6 +210,13 @@ def consistency(runs):
         seeds = [[np.nanmean(np.r_[rho[(rate >= a) & (rate < b)], np.nan]) for a, b in zip(edges, edges[1:])] for rate, rho in tables]
         band(axes[3], np.sqrt(edges[:-1] * edges[1:]), seeds, run, marker=run.marker)
     axes[3].set(xscale="log", title="at lag 1, by firing rate", xlabel="firing rate (share of tokens)")
+    note = [f"gain over {runs[0].label}: as it is; at equal firing rates"]
+    for run in runs[1:]:
+        plain, equal = ("{:+.4f} ± {:.4f}".format(*mean_se(values)) for values in gains(runs[0], run))
+        note.append(f"{run.label}: {plain}; {equal}")
+        print(f"autocorr_1, gain of {run.name} over {runs[0].name}: {plain}; at equal firing rates: {equal}")
+    axes[3].text(0.02, 0.99, "\n".join(note), va="top", fontsize=8.5, transform=axes[3].transAxes)
+    axes[3].set_ylim(top=1.3 * axes[3].get_ylim()[1])  # room for the note
     for ax in axes[::2]:
         ax.set_ylabel("autocorrelation of a latent's code")
     axes[0].plot([], [], "--", color="0.3", linewidth=1, label="dashed: tokens permuted within a document")
@@ -197,25 +224,44 @@ def consistency(runs):
 
 
 def frontier(runs):
-    """Explained variance against autocorrelation within documents."""
-    ((ax,),) = canvas(1, 1, 6.2, "What consistency costs", [run.n for run in runs])
-    our_loss = [run.config["temp_loss"] for run in runs if run.name == OURS]
-    lines, spare = {}, iter(reversed(COLOURS))  # loss -> its runs frontier_<loss>_<coefficient>
-    for run in runs:
-        (x, dx), (y, dy) = (mean_se(run.scores[metric]) for metric in ("autocorr_within_1", "explained_variance"))
-        if run.name.startswith("frontier_"):
-            lines.setdefault(run.name[9:].rpartition("_")[0], []).append((run.config["temp_alpha"], x, dx, y, dy))
-        else:
-            ax.errorbar(x, y, dy, dx, fmt=run.marker, color=run.colour, label=run.label, markersize=11, capsize=2, zorder=3)
-    for loss, points in lines.items():
-        alpha, x, dx, y, dy = np.array(sorted(points)).T
-        colour = COLOURS[list(labels).index(OURS)] if loss in our_loss else next(spare)
-        ax.errorbar(x, y, dy, dx, fmt="o-", color=colour, label=f"loss: {loss}", markersize=4.5, elinewidth=0.8, capsize=2)
-        for place in zip(x, y, alpha):
-            ax.annotate(f"{place[2]:g}", place[:2], (4, 4), textcoords="offset points", fontsize=8, color=colour)
-    ax.set(xlabel="autocorrelation at lag 1 within a document, mean over the whole dictionary (right: codes last longer)",
-           ylabel="explained variance (up: better)", title="small numbers: coefficient of the temporal loss")
-    plt.figlegend(loc="outside lower center", ncols=2)
+    """Explained variance against autocorrelation in documents: each loss over its coefficients; the full-budget runs."""
+    grid = [run for run in runs if run.name.startswith("grid_")]
+    panels = [panel for panel in (grid, [run for run in runs if run not in grid]) if panel]
+    title = f"What consistency costs, L0 {runs[0].config['k']} ± 1 %"
+    (axes,) = canvas(1, len(panels), 5.8, title, [run.n for run in runs], width_ratios=[1.5, 1][-len(panels):])
+    keys, hollow = {}, []  # colour and marker -> what the legend shows: the curves, and the runs that have none
+    for ax, panel in zip(axes, panels):
+        curves = {}  # label, colour, marker, line -> runs
+        for run in panel:
+            loss = run.config["temp_loss"] if run.config["temp_alpha"] else ""
+            alone = run.label, run.colour, run.marker, "none"
+            curves.setdefault(LOSSES.get(loss, alone) if run in grid else alone, []).append(run)
+        numbers = []  # coefficient and its place
+        for (label, colour, marker, line), points in curves.items():
+            points.sort(key=lambda run: run.config["temp_alpha"])
+            (x, dx), (y, dy) = (np.transpose([mean_se(run.scores[metric]) for run in points])
+                                for metric in ("autocorr_within_1", "explained_variance"))
+            style = {"color": colour, "marker": marker, "markersize": 7}
+            drawn = ax.errorbar(x, y, dy, dx, **style, linestyle=line, label=label, capsize=2, zorder=2.5)
+            keys.setdefault((colour, marker), drawn)
+            numbers += [(run.config["temp_alpha"], place) for run, *place in zip(points, x, y) if line != "none"]
+            for run, *place in zip(points, x, y):
+                if abs(run.scores["l0"].mean() / run.config["k"] - 1) > 0.01:
+                    print(f"frontier.png: the L0 of {run.name} is {run.scores['l0'].mean():.2f}: hollow")
+                    hollow = ax.plot(*place, **style, linestyle="none", markerfacecolor="white", zorder=3,
+                                     label="hollow: L0 is further off")
+        ax.autoscale_view()
+        taken = []  # pixels: weak coefficients leave runs beside the baseline, where not all numbers have room
+        for alpha, place in sorted(numbers, key=lambda number: number[1][1]):
+            x, y = ax.transData.transform(place)
+            if all(abs(x - u) > 26 or abs(y - v) > 9 for u, v in taken):
+                ax.annotate(f"{alpha:g}", place, (6, 3), textcoords="offset points", fontsize=8.5,
+                            path_effects=[withStroke(linewidth=1.5, foreground="white")])
+            taken.append((x, y))
+        budget = f"{panel[0].config['train_tokens'] / 1e6:g} M tokens"
+        ax.set(title=f"{budget}; small numbers: coefficient" if panel is grid else budget, ylabel="explained variance",
+               xlabel="autocorrelation at lag 1 within a document")
+    plt.figlegend(handles=[*keys.values(), *hollow], loc="outside lower center", ncols=3)
 
 
 def ablation(runs):
@@ -226,22 +272,27 @@ def ablation(runs):
         n = min(run.n, base.n)
         gain = run.scores["autocorr_1"][:n] / base.scores["autocorr_1"][:n]
         cost = run.scores["explained_variance"][:n] - base.scores["explained_variance"][:n]
-        cells = tables.setdefault(run.name[5:].rpartition("_w")[0], {})  # grid_<loss>_w<window>_a<coefficient>
+        cells = tables.setdefault(run.config["temp_loss"], {})
         cells[run.config["window"], run.config["temp_alpha"]] = mean_se(gain), mean_se(cost)
-    title = f"Window × coefficient, {base.config['train_tokens']:,} tokens"
-    axes = canvas(len(tables), 2, 0.6 + 3.5 * len(tables), title, [run.n for run in grid])
-    for k, fmt, what in ((0, "{:.2f}", "autocorrelation at lag 1, × baseline"), (1, "{:+.3f}", "explained variance − baseline")):
+    heights = [len({window for window, _ in cells}) for cells in tables.values()]
+    title = f"Window × coefficient, {base.config['train_tokens'] / 1e6:g} M tokens"
+    height = 0.6 + 0.9 * len(tables) + 0.4 * sum(heights)
+    axes = canvas(len(tables), 2, height, title, [run.n for run in grid], height_ratios=heights)
+    for k, fmt, what in ((0, "{:.2f}", "autocorrelation at lag 1, × baseline"),
+                         (1, "{:+.3f}", "explained variance − baseline")):
         means = [cell[k][0] for cells in tables.values() for cell in cells.values()]  # the same colours for each loss
         for ax, (loss, cells) in zip(axes[:, k], tables.items()):
             windows, alphas = (sorted(set(axis)) for axis in zip(*cells))
             table = [[cells[w, a][k][0] if (w, a) in cells else np.nan for a in alphas] for w in windows]
             image = ax.imshow(table, vmin=min(means), vmax=max(means), aspect="auto")
             for (w, a), cell in cells.items():
-                number = fmt.format(cell[k][0]) + (f"\n± {cell[k][1]:.3f}" if cell[k][1] else "")
-                ax.text(alphas.index(a), windows.index(w), number, ha="center", va="center", fontsize=8.5,
+                number = fmt.format(cell[k][0]).replace("-", "−")
+                ax.text(alphas.index(a), windows.index(w), number, ha="center", va="center",
                         color="black" if image.norm(cell[k][0]) > 0.5 else "white")
-            ax.set(title=f"{loss}: {what}", xlabel="coefficient", xticks=range(len(alphas)), xticklabels=[f"{a:g}" for a in alphas],
-                   ylabel="window (tokens)", yticks=range(len(windows)), yticklabels=windows)
+            error = max(cell[k][1] for cell in cells.values())
+            ax.set(title=f"{LOSSES.get(loss, [loss])[0]}\n{what} (± {error:.1g} or less)", xlabel="coefficient",
+                   xticks=range(len(alphas)), xticklabels=[f"{a:g}" for a in alphas], ylabel="window (tokens)",
+                   yticks=range(len(windows)), yticklabels=windows)
 
 
 # -- What the features do (first seed): feature_timeline, position_correlation, redundancy, clusters ---------
@@ -324,15 +375,18 @@ def choose(runs):
     ladder = [run for run in runs.values() if not STUDY.match(run.name)]
     pair = [runs[name] for name in (BASELINE, OURS) if name in runs]
     grid = [run for run in scored if run.name.startswith("grid_")]
-    off = [run for run in grid + pair if run in scored and (run.config["temp_alpha"] == 0 or run.config["window"] == 1)]
-    base = [run for run in off if grid and run.config["train_tokens"] == grid[0].config["train_tokens"]][:1]  # equal budget
-    costs = [run for run in scored if run in pair or re.match("tsae|matryoshka|control_|frontier_", run.name)]
+    base = [run for run in grid if run.config["temp_alpha"] == 0][:1]
+    grid = [run for run in grid if base and run.config["train_tokens"] == base[0].config["train_tokens"]]  # equal budget
+    windows = {loss: {run.config["window"] for run in grid if run.config["temp_loss"] == loss} for loss in LOSSES}
+    swept = [run for run in grid if run not in base and len(windows.get(run.config["temp_loss"], ())) > 1]
+    costs = [run for run in scored if run in pair or re.match("tsae|matryoshka|control_", run.name)]
+    costs += [run for run in grid if run.config["window"] == 2]
     has = lambda run, key, part: (run.consistency[0].get(key) or {}).get(part) is not None
     return {metrics_comparison: [run for run in ladder if "explained_variance" in run.scores],
             training_curves: [run for run in ladder if run.curve("recon")],
             consistency: [runs[name] for name in (BASELINE, RIVAL, OURS) if name in runs and has(runs[name], "autocorr", "whole")],
             frontier: costs if len(costs) > 1 else [],
-            ablation: base and base + [run for run in grid if run not in off],
+            ablation: swept and base + swept,
             feature_timeline: [run for run in pair if has(run, "timeline", "codes")],
             position_correlation: [run for run in pair if has(run, "position_corr", "codes")],
             redundancy: [run for run in pair if has(run, "redundancy", "matrix")],

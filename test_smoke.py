@@ -1725,13 +1725,20 @@ def test_the_table_of_the_study_is_runnable(capsys):
     assert train.main(["no_such_run"]) == 2 and "no_such_run" in capsys.readouterr().err
 
 
-def test_the_study_runs_what_is_missing_and_reports_what_fails(work, tiny, monkeypatch, capsys):
+def record(folder, cfg, **scores):
+    """The record of a run that never ran: its settings, and the scores of its seeds."""
+    info = {"some-text": {"means": {}, "stderrs": {}, "final_info_dict": scores}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(experiment.asdict(cfg)))
+    (folder / "final_info.json").write_text(json.dumps(info))
+
+
+def test_the_study_runs_what_is_missing_and_reports_what_fails(work, monkeypatch, capsys):
     import train
     runs = work / "study"
     monkeypatch.setattr(experiment, "RUNS", runs)
     monkeypatch.setattr(train, "STUDY", {"done": ["--k", "8"], "wrong": ["--k", "0"]})
-    (runs / "done").mkdir(parents=True), (runs / "done" / "final_info.json").write_text("{}")
-    (runs / "done" / "config.json").write_text(json.dumps(experiment.asdict(experiment.Config(out_dir="done", k=8))))
+    record(runs / "done", experiment.Config(k=8), l0=[8.0])
     assert train.done("done") and not train.done("wrong")
     train.STUDY["other"] = ["--k", "9"]
     shutil.copytree(runs / "done", runs / "other")
@@ -1739,6 +1746,48 @@ def test_the_study_runs_what_is_missing_and_reports_what_fails(work, tiny, monke
     code = train.main(["done", "wrong"])
     err = capsys.readouterr().err
     assert code == 1 and "wrong" in err and "--k" in err and "done" not in err
+    assert "6.00M/6.00M" in err and "2/2 runs" in err, "the bar goes by tokens, those of finished runs included"
+    assert (runs / "study.csv").read_text().count("\n") == 2
+
+
+def test_a_record_from_before_a_setting_existed_is_done_if_it_has_its_default(work, monkeypatch):
+    import train
+    monkeypatch.setattr(experiment, "RUNS", work / "old_study")
+    monkeypatch.setattr(train, "STUDY", {"old": ["--gate_power", "1"], "new": ["--gate_power", "2"]})
+    for name in train.STUDY:
+        record(experiment.RUNS / name, experiment.Config(), l0=[8.0])
+        path = experiment.RUNS / name / "config.json"
+        path.write_text(json.dumps({k: v for k, v in read(path).items() if k != "gate_power"}))
+    assert train.done("old") and not train.done("new")
+
+
+def test_the_study_is_one_table(work, monkeypatch):
+    import train
+    monkeypatch.setattr(experiment, "RUNS", work / "table_study")
+    flags = {"b": "--n_seeds 2 --seed 3", "not_run": "", "a": "--temp_alpha 0 --reconstruction_rows 9"}
+    monkeypatch.setattr(train, "STUDY", {name: words.split() for name, words in flags.items()})
+    record(experiment.RUNS / "a", train.wanted("a"), l0=[31.0], autocorr_1=[1 / 3])
+    record(experiment.RUNS / "b", train.wanted("b"), l0=[32.0, 33.0], ce_loss_score=[.5, 2e-7 / 3], pw_mcc=[.4])
+    train.write_csv()
+    head, *rows = (experiment.RUNS / "study.csv").read_text().splitlines()
+    assert head == ",".join(["run", "seed", *train.COLUMNS, "l0", "ce_loss_score", "autocorr_1"])
+    assert rows == ["b,3,selective,0.09,2,32,3000000,1.0,0.0,none,32,0.5,",
+                    "b,4,selective,0.09,2,32,3000000,1.0,0.0,none,33,6.66667e-08,",
+                    "a,0,selective,0.0,2,32,3000000,1.0,0.0,none,31,,0.333333"]
+    assert [p.name for p in experiment.RUNS.iterdir() if p.is_file()] == ["study.csv"], "the file beside it stays"
+
+
+def test_progress_of_the_study_goes_by_tokens(work, monkeypatch):
+    import train
+    monkeypatch.setattr(experiment, "RUNS", work / "progress")
+    monkeypatch.setattr(train, "STUDY", {"run": "--n_seeds 3 --seed 5 --train_tokens 500_000".split()})
+    log = experiment.RUNS / "run" / "log.jsonl"
+    assert train.size("run") == 1_500_000 and train.visited("run", 0) == 0
+    log.parent.mkdir(parents=True), log.write_text("")
+    assert train.visited("run", 0) == 0, "nothing logged yet"
+    log.write_text('{"seed": 5, "step": 121}\n{"seed": 6, "step": 20}\n')
+    assert train.visited("run", 0) == 500_000 + 20 * 4096
+    assert train.visited("run", time.time() + 9) == 0, "the log of an earlier record"
 
 
 def test_pictures_are_drawn_from_json_alone(base, seeds, work):
@@ -1750,6 +1799,43 @@ def test_pictures_are_drawn_from_json_alone(base, seeds, work):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     made = {p.name for p in pictures.glob("*.png") if p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000}
     assert {"metrics_comparison.png", "training_curves.png", "position_correlation.png", "redundancy.png", "clusters.png"} <= made, made
+
+
+def test_pictures_of_the_grid(work):
+    """From the rows of train.py's table with made-up scores, and without torch, which would take longer than the drawing."""
+    import train
+    runs, n = work / "grid_runs", 3
+    for name in [name for name in train.STUDY if name.startswith("grid_")] + ["run_0", "run_6", "matryoshka"]:
+        cfg = train.wanted(name)
+        gain = 1 + cfg.temp_alpha ** .5
+        record(runs / name, cfg, explained_variance=[.8 - .01 * gain] * n, autocorr_1=[.05 * gain, .051 * gain, .049 * gain],
+               autocorr_within_1=[.02 * gain] * n, l0=[33.0 if name == "grid_sqdiff_w2_a0.001" else 32.1] * n)
+    code = "import plot, sys; plot.main(); sys.exit('torch' in sys.modules)"
+    draw = lambda: subprocess.run([sys.executable, "-c", code, "--runs_dir", str(runs), "--out_dir", str(runs)],
+                                  cwd=HERE, capture_output=True, text=True, timeout=150)
+    done = draw()
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert all((runs / name).stat().st_size > 20_000 for name in ("frontier.png", "ablation.png"))
+    assert re.findall(r"L0 of (\w+\S*) is", done.stdout) == ["grid_sqdiff_w2_a0.001"]
+    for grid in runs.glob("grid_*"):
+        shutil.rmtree(grid)
+    assert "skipped: ablation.png" in draw().stdout, "the grid is not run yet"
+
+
+def test_the_gain_at_equal_firing_rates():
+    import plot
+    rng = np.random.default_rng(0)
+
+    def run(gain, low, high):  # a seed each with other latents; one of them has no autocorrelation
+        tables = []
+        for _ in range(3):
+            rate = rng.uniform(low, high, 50)
+            rho = (.3 + .05 * np.log10(rate) + gain).tolist()
+            tables.append({"latents": {"rate": rate.tolist() + [.5], "autocorr_1": rho + [None]}})
+        return types.SimpleNamespace(consistency=tables)
+
+    plain, equal = plot.gains(run(0, .001, .01), run(.02, .01, .1))
+    assert np.allclose(equal, .02) and (plain > .05).all(), "a higher rate is no gain"
 
 
 @pytest.mark.parametrize("kind", ["l1", "topk", "batchtopk", "batchtopk+temporal"])

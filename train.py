@@ -7,9 +7,11 @@
 
 Each run is `python experiment.py --out_dir NAME` with the flags of its row: no model, loss or default lives here.
 A finished run (it has a final_info.json) is skipped, an interrupted one is resumed, a failed one is reported at
-the end and does not stop the rest.
+the end and does not stop the rest. After each run runs/study.csv is written anew: all scores, a row a run and seed.
 """
 import argparse
+import csv
+import io
 import json
 import os
 import subprocess
@@ -26,14 +28,15 @@ import experiment
 
 # The ladder of the seed experiment, each rung on top of the one before; run_5 takes run_4's LayerNorm out again.
 SEEDS, HEADLINE_SEEDS = "--n_seeds 3", "--n_seeds 5"
+SQDIFF = "--temp_loss sqdiff --temp_codes post"  # the seed experiment's loss
 STUDY = {
     "run_0": f"--temp_alpha 0 {HEADLINE_SEEDS}",
     "run_6": f"{HEADLINE_SEEDS}",  # experiment.py's defaults: our method
-    "run_1": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.001 --grad_clip 0 --schedule constant --warmup_steps 0 {SEEDS}",
-    "run_2": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.001 --schedule constant --warmup_steps 0 --init xavier {SEEDS}",
-    "run_3": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.0001 --init xavier {SEEDS}",
-    "run_4": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.0001 --init xavier --layernorm {SEEDS}",
-    "run_5": f"--temp_loss sqdiff --temp_codes post --temp_alpha 0.0001 --init xavier --nonlinearity gelu {SEEDS}",
+    "run_1": f"{SQDIFF} --temp_alpha 0.001 --grad_clip 0 --schedule constant --warmup_steps 0 {SEEDS}",
+    "run_2": f"{SQDIFF} --temp_alpha 0.001 --schedule constant --warmup_steps 0 --init xavier {SEEDS}",
+    "run_3": f"{SQDIFF} --temp_alpha 0.0001 --init xavier {SEEDS}",
+    "run_4": f"{SQDIFF} --temp_alpha 0.0001 --init xavier --layernorm {SEEDS}",
+    "run_5": f"{SQDIFF} --temp_alpha 0.0001 --init xavier --nonlinearity gelu {SEEDS}",
 }
 # Controls: the same loss, but the neighbours that it sees are not neighbours. (The third, weight 0, is run_0.)
 STUDY |= {f"control_{control}": f"--control {control} {SEEDS}" for control in ("other_docs", "permuted")}
@@ -46,19 +49,24 @@ STUDY |= {
     "matryoshka": f"--temp_alpha 0 --matryoshka_alpha 1 {FIFTH}",
 }
 # Does the gain hold at other sparsities?
-STUDY |= {f"k{k}_{name}": f"--k {k} {flags} {SEEDS}" for k in (16, 64) for name, flags in (("base", "--temp_alpha 0"), ("ours", ""))}
-# Window x coefficient, ours and the seed's, at a third of the token budget (equal for all, the baseline included).
-SHORT = "--train_tokens 1_000_000"
+STUDY |= {f"k{k}_{name}": f"--k {k} {flags} {SEEDS}"
+          for k in (16, 64) for name, flags in (("base", "--temp_alpha 0"), ("ours", ""))}
+# Window x coefficient, and each loss over its coefficients: a quarter of the token budget (equal for all, the baseline
+# included), scored without CE and KL to save time.
+SHORT = f"--train_tokens 750_000 --reconstruction_rows 0 {SEEDS}"
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-STUDY["grid_base"] = f"--temp_alpha 0 {SHORT} {SEEDS}"
-STUDY |= {f"grid_selective_w{w}_a{a:g}": f"--window {w} --temp_alpha {a:g} {SHORT} {SEEDS}" for w in (2, 4, 8, 16, 32) for a in ALPHAS}
-STUDY |= {f"grid_sqdiff_w{w}_a{a:g}": f"--temp_loss sqdiff --temp_codes post --window {w} --temp_alpha {a:g} {SHORT} {SEEDS}"
+STUDY["grid_base"] = f"--temp_alpha 0 {SHORT}"
+STUDY |= {f"grid_selective_w{w}_a{a:g}": f"--window {w} --temp_alpha {a:g} {SHORT}"
+          for w in (2, 4, 8, 16, 32) for a in ALPHAS}
+STUDY |= {f"grid_sqdiff_w{w}_a{a:g}": f"{SQDIFF} --window {w} --temp_alpha {a:g} {SHORT}"
           for w in (2, 4, 8) for a in (0.00001, 0.0001, 0.001)}
-# The frontier: each loss over its coefficients, at the full budget.
-STUDY |= {f"frontier_{loss}_{a:g}": f"--temp_loss {loss} --temp_alpha {a:g} {SEEDS}"
-          for loss, alphas in (("selective", (0.03, 0.06, 0.15)), ("autocorr", (0.03, 0.1)), ("variance", (0.03, 0.1)),
-                               ("sqdiff", (0.00003, 0.0001))) for a in alphas}
+STUDY |= {f"grid_{loss}_w2_a{a:g}": f"--temp_loss {loss} --window 2 --temp_alpha {a:g} {SHORT}"
+          for loss in ("autocorr", "variance") for a in ALPHAS[:4]}
+STUDY |= {f"grid_infonce_a{a:g}": f"--temp_loss infonce --temp_alpha {a:g} --matryoshka_alpha 1 {FIFTH} {SHORT}"
+          for a in ALPHAS[1:]}
 STUDY = {name: flags.split() for name, flags in STUDY.items()}
+# The settings that study.csv has beside the scores.
+COLUMNS = "temp_loss temp_alpha window k train_tokens temporal_fraction matryoshka_alpha control".split()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,13 +74,55 @@ STUDY = {name: flags.split() for name, flags in STUDY.items()}
 # ------------------------------------------------------------------------------------------------------------
 
 
+def settings(name):
+    """The recorded settings of a run. One that was made before a Config field existed did what that field's default does."""
+    return experiment.asdict(experiment.Config()) | json.loads((experiment.RUNS / name / "config.json").read_text())
+
+
+def wanted(name):
+    """The Config that the table and experiment.py's defaults give a run now."""
+    return experiment.parse(["--out_dir", name, *STUDY[name]])
+
+
 def done(name):
-    """A run is done when it is scored, with the settings that the table and experiment.py's defaults give it now."""
-    folder = experiment.RUNS / name
-    if not (folder / "final_info.json").exists():
+    """A run is done when it is scored, with the settings that are wanted now."""
+    if not (experiment.RUNS / name / "final_info.json").exists():
         return False
-    saved, wanted = json.loads((folder / "config.json").read_text()), experiment.parse(["--out_dir", name, *STUDY[name]])
-    return all(saved.get(k) == v for k, v in experiment.comparable(wanted).items())
+    saved = settings(name)
+    return all(saved[k] == v for k, v in experiment.comparable(wanted(name)).items())
+
+
+def write_csv():
+    """runs/study.csv: a row for each run that is done and each of its seeds, in the table's order."""
+    rows = []
+    for name in filter(done, STUDY):
+        config, info = settings(name), json.loads((experiment.RUNS / name / "final_info.json").read_text())
+        for scores in (one["final_info_dict"] for one in info.values()):
+            scores.pop("pw_mcc", None)  # has a value for each pair of seeds, none for a seed
+            for i in range(config["n_seeds"]):
+                rows.append({"run": name, "seed": config["seed"] + i} | {k: config[k] for k in COLUMNS}
+                            | {k: f"{values[i]:.6g}" for k, values in scores.items()})
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    table.writeheader(), table.writerows(rows)
+    experiment.replace(experiment.RUNS / "study.csv", text.getvalue())
+
+
+def size(name):
+    """Tokens that a run visits, all seeds together: what its time goes by."""
+    return wanted(name).n_seeds * wanted(name).train_tokens
+
+
+def visited(name, since):
+    """Tokens that a run started at the time `since` has visited, by the last line of its log."""
+    cfg, log = wanted(name), experiment.RUNS / name / "log.jsonl"
+    try:
+        if log.stat().st_mtime > since:  # else it is the log of an earlier record
+            last = json.loads(log.read_text().splitlines()[-1])
+            return (last["seed"] - cfg.seed) * cfg.train_tokens + last["step"] * cfg.batch_size
+    except (OSError, ValueError, IndexError):  # not there yet, empty, or being written
+        pass
+    return 0
 
 
 def start(name, jobs):
@@ -86,30 +136,36 @@ def start(name, jobs):
 
 
 def run_all(names, jobs):
-    """Run `names`, `jobs` at a time; returns {name: exit code} of those that failed."""
-    waiting, running, failed = list(names), {}, {}
+    """Run what is missing of `names`, `jobs` at a time; returns {name: last words} of those that failed."""
+    waiting, running, failed = [name for name in names if not done(name)], {}, {}
+    over = sum(size(name) for name in names if name not in waiting)  # tokens of the runs that have ended
     experiment.RUNS.mkdir(exist_ok=True)
-    bar = tqdm(total=len(waiting), desc="study", unit="run")
+    bar = tqdm(total=sum(map(size, names)), initial=over, desc="study", unit="tok", unit_scale=True, smoothing=0,
+               mininterval=2, miniters=0)
     try:
         while waiting or running:
             # the first run harvests for all: the next one starts when that one trains
-            harvested = bar.n or any((experiment.RUNS / name / "log.jsonl").exists() for name in running)
-            while waiting and len(running) < (jobs if harvested else 1):
+            while waiting and len(running) < (jobs if bar.n > bar.initial else 1):
                 name = waiting.pop(0)
-                running[name] = start(name, jobs)
-            for name, process in list(running.items()):
+                running[name] = time.time(), start(name, jobs)
+            for name, (_, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    bar.update(), bar.set_postfix_str(name)
+                    over += size(name)
                     log = experiment.RUNS / f"{name}.log.part"
                     if process.returncode:
                         failed[name] = (log.read_text().strip().splitlines() or [f"exit {process.returncode}"])[-1]
                     log.unlink()
+                    write_csv()
+            bar.set_postfix_str(f"{len(names) - len(waiting) - len(running)}/{len(names)} runs", refresh=False)
+            bar.update(over + sum(visited(name, since) for name, (since, _) in running.items()) - bar.n)
             time.sleep(0.2)
     except KeyboardInterrupt:
-        for process in running.values():  # they save what they have and can be resumed
+        for _, process in running.values():  # they save what they have and can be resumed
             process.wait()
         raise
+    bar.close()
+    write_csv()
     return failed
 
 
@@ -122,7 +178,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in STUDY]
     if unknown or args.jobs < 1:
-        print(f"error: no such run: {', '.join(unknown)}" if unknown else "error: --jobs must be at least 1", file=sys.stderr)
+        error = f"no such run: {', '.join(unknown)}" if unknown else "--jobs must be at least 1"
+        print(f"error: {error}", file=sys.stderr)
         return 2
     names = args.names or list(STUDY)
     if args.list:
@@ -130,7 +187,7 @@ def main(argv=None):
             print(f"{name:24s} {'done' if done(name) else '':5s} {' '.join(STUDY[name])}")
         return 0
     try:
-        failed = run_all([name for name in names if not done(name)], args.jobs)
+        failed = run_all(names, args.jobs)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
