@@ -172,7 +172,7 @@ def check(cfg):
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.window > cfg.context_size and not cfg.acts:
         raise ValueError(f"--window {cfg.window} is larger than --context_size {cfg.context_size}")
-    if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size):
+    if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size) // WORLD:
         raise ValueError(f"--control other_docs needs at least --window {cfg.window} chunks: raise --temp_chunks")
     if cfg.matryoshka_alpha and cfg.sparsity == "l1":
         raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk")
@@ -302,6 +302,69 @@ class SAE(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Many processes, one run (torchrun): each has every WORLD-th chunk of a batch, and all that a step decides is agreed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join(device):
+    """Meet the other processes that torchrun started: gloo for what is on the host, nccl for what is on a GPU."""
+    if WORLD > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one harvests while the others wait
+
+
+def agreed(tensor):
+    """Sum a tensor over the processes, in place. With one process there is nothing to do, here and below."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def total(tensor):
+    """The processes' sum of a tensor that carries a gradient. Divide what is made of it by WORLD: the processes' losses and
+    gradients are summed, and the derivative that arrives here must count once."""
+    return tensor if WORLD == 1 else agreed(tensor.detach().clone()) + WORLD * (tensor - tensor.detach())
+
+
+def highest(number):
+    """The largest of the processes' whole numbers. On the host, so that a GPU need not wait."""
+    if WORLD > 1:
+        box = torch.tensor(number)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        number = int(box)
+    return number
+
+
+def gathered(tensor):
+    """The processes' values (P,), of any lengths, one after the other."""
+    if WORLD == 1:
+        return tensor
+    lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(WORLD)]
+    dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+    longest = int(max(lengths))
+    parts = [tensor.new_empty(longest) for _ in range(WORLD)]
+    dist.all_gather(parts, F.pad(tensor, (0, longest - len(tensor))))
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths)])
+
+
+def interleaved(chunks):
+    """The processes' chunks (N, ...), N the same for all, in the order that one process would have them in."""
+    if WORLD == 1:
+        return chunks
+    parts = [torch.empty_like(chunks) for _ in range(WORLD)]
+    dist.all_gather(parts, chunks.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def shared(value):
+    """The first process's `value` (anything that can be pickled), in all of them."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Sparse algebra: with 32 of 2304 latents active only the encoder's product has to be dense
 # ------------------------------------------------------------------------------------------------------------
 
@@ -323,6 +386,21 @@ class Pairs(NamedTuple):
 def edges(keys, n):
     """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at edges[i]:edges[i+1]. No host sync."""
     return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device, dtype=keys.dtype))
+
+
+def partners(order, docs, offset):
+    """order (N,T): N*T tokens as they stand beside each other, docs (N,T): the document at each place, 0 = none.
+    -> for each token the one `offset` places on, and 1. where both are of one document, else 0.; both (N*T,)
+
+    >>> partners(torch.tensor([[0, 1, 2]]), torch.tensor([[5, 5, 6]]), 1)
+    (tensor([1, 2, 2]), tensor([1., 0., 0.]))
+    """
+    there = torch.arange(docs.shape[1], device=docs.device) + offset
+    inside, there = (there >= 0) & (there < docs.shape[1]), there.clamp(0, docs.shape[1] - 1)
+    ok = inside & (docs == docs[:, there]) & (docs > 0)
+    other, same = torch.empty_like(order.flatten()), torch.empty(order.numel(), device=docs.device)
+    other[order.flatten()], same[order.flatten()] = order[:, there].flatten(), ok.flatten().float()
+    return other, same
 
 
 def make_pairs(token, latent, n_tokens, d_sae):
@@ -421,75 +499,66 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
 # ------------------------------------------------------------------------------------------------------------
 
 
-# z (N,T,F): codes of F latents at N chunks of T neighbouring tokens, zero where a latent does not take part.
-# mask (N,T) int: the document a token belongs to, 0 = not valid. A pair never leaves its document.
+class Ends(NamedTuple):
+    """What a temporal loss sees: pairs of tokens less than `window` apart, and of each the latents active at one end at least.
+
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half of
+    it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance (n_latents,): of
+    the codes, a constant to the gradient. 3 of 100 pairs of token and latent are listed: all else would add nothing."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    latent: torch.Tensor
+    weight: torch.Tensor
+    variance: torch.Tensor
+    window: int
+
+    def mean(self, values):
+        """values (M,) -> (n_latents,): for each latent the mean over all pairs of tokens.
+
+        >>> two = Ends(torch.tensor([1., 3.]), torch.tensor([3., 3.]), torch.tensor([0, 0]), torch.full((2,), 0.5), torch.ones(1), 2)
+        >>> two.mean((two.a - two.b).square())       # pairs (1,3), (3,3): (4 + 0) / 2
+        tensor([2.])
+        """
+        return total(torch.zeros_like(self.variance).index_add(0, self.latent, values * self.weight))
+
+    def moments(self):
+        """Per latent, means over all pairs: (z_t - z_s)^2 and z_t^2 + z_s^2, both (n_latents,)."""
+        return self.mean((self.a - self.b).square()), self.mean(self.a.square() + self.b.square())
 
 
-def neighbours(z, mask, lag):
-    """(z_t, z_{t+lag}, ok (N,T-lag,1) float: both valid and of one document)."""
-    ok = (mask[:, :-lag] == mask[:, lag:]) & (mask[:, lag:] > 0)
-    return z[:, :-lag], z[:, lag:], ok.unsqueeze(-1).float()
-
-
-def pair_moments(z, mask, window, active=None):
-    """Per latent, means over all pairs less than `window` apart: (z_t - z_s)^2 and z_t^2 + z_s^2, both (F,).
-
-    With active (N,T,F) bool a pair adds only where the latent is active at one of its two ends.
-
-    >>> d, p = pair_moments(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2)   # pairs (1,3), (3,3)
-    >>> d, p
-    (tensor([2.]), tensor([14.]))
-    """
-    power = product = count = 0.0
-    squares = z.square()
-    for lag in range(1, window):
-        a, b, ok = neighbours(z, mask, lag)
-        count = count + ok.sum()
-        if active is not None:
-            ok = ok * (active[:, :-lag] | active[:, lag:])
-        power = power + ((squares[:, :-lag] + squares[:, lag:]) * ok).sum((0, 1))
-        product = product + (a * b * ok).sum((0, 1))
-    count = count.clamp(min=1)
-    return (power - 2 * product) / count, power / count
-
-
-def sqdiff_loss(z, mask, window, active=None):
+def sqdiff_loss(ends):
     """Mean over the pairs in a sliding window of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
 
-    >>> sqdiff_loss(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2)   # (4 + 0) / 2
-    tensor(2.)
+    >>> sqdiff_loss(Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2))   # (1-3)^2
+    tensor(4.)
     """
-    return pair_moments(z, mask, window, active)[0].sum()
+    return ends.moments()[0].sum()
 
 
-def variance_loss(z, mask, window, active=None):
+def variance_loss(ends):
     """Variance inside the window over mean square, sum_i E[Var_win z_i] / sum_i E[z_i^2]: blind to scale.
 
     Var of a window of w is (w-1)/w times half the mean squared difference of its pairs.
-    >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2).int(), 2)       # ((2-1)^2 + (2-3)^2)/2 / 5
+    >>> variance_loss(Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2))   # 1 / 5
     tensor(0.2000)
     """
-    difference, power = pair_moments(z, mask, window, active)
-    return (window - 1) / window * difference.sum() / power.sum().clamp(min=1e-8)
+    difference, power = ends.moments()
+    return (ends.window - 1) / ends.window * difference.sum() / power.sum().clamp(min=1e-8)
 
 
-def autocorr_loss(z, mask, window, active=None):
+def autocorr_loss(ends):
     """1 - autocorrelation, sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
 
     The variance is a constant to the gradient: otherwise growing it would be the cheapest way down.
-    >>> autocorr_loss(torch.tensor([[[0.], [0.], [2.], [2.]]]), torch.ones(1, 4).int(), 2)   # (4/3) / (2*1)
-    tensor(0.6667)
+    >>> autocorr_loss(Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.tensor([5.]), 2))   # 4 / (2*5)
+    tensor(0.4000)
     """
-    valid = (mask > 0).unsqueeze(-1).float()
-    with torch.no_grad():
-        codes = z if active is None else z * active
-        mean = (codes * valid).sum((0, 1)) / valid.sum().clamp(min=1)
-        variance = ((codes - mean).square() * valid).sum() / valid.sum().clamp(min=1)
-    return sqdiff_loss(z, mask, window, active) / (2 * variance.clamp(min=1e-8))
+    return ends.moments()[0].sum() / (2 * ends.variance.sum().clamp(min=1e-8))
 
 
 def selective_loss(difference, power, flicker, weight):
-    """sum_i weight_i * (D_i - flicker_i * P_i) / 2, with D, P = pair_moments and flicker_i a running D_i / P_i.
+    """sum_i weight_i * (D_i - flicker_i * P_i) / 2, with D, P = Ends.moments and flicker_i a running D_i / P_i.
 
     Its gradient is that of each latent's flicker D_i / P_i = 1 - 2 E[z_t z_s] / E[z_t^2 + z_s^2], a quantity that no
     rescaling changes, so there is nothing to gain from shrinking. `weight` (see Trainer.gate) lets go of latents
@@ -500,9 +569,17 @@ def selective_loss(difference, power, flicker, weight):
     return (weight * (difference - flicker * power)).sum() / 2
 
 
+def neighbours(z, mask, lag):
+    """z (N,T,F) at N chunks of T tokens, mask (N,T) the document of each, 0 = not valid -> (z_t, z_{t+lag}, ok (N,T-lag,1)
+    float: both valid and of one document)."""
+    ok = (mask[:, :-lag] == mask[:, lag:]) & (mask[:, lag:] > 0)
+    return z[:, :-lag], z[:, lag:], ok.unsqueeze(-1).float()
+
+
 def infonce_loss(z, mask, temperature, cosine=True):
     """Symmetric InfoNCE: z_t must be told from all other tokens' codes by its neighbour z_{t+1} (Bhalla et al. 2025).
 
+    z (N,T,F) codes, mask (N,T): see `neighbours`. Other tokens of its own document count as strangers, as in the paper's batch.
     cosine: of cosines over the temperature (their paper, at 1); else of raw inner products (their released code).
     >>> infonce_loss(torch.eye(2).repeat_interleave(2, 0).view(2, 2, 2), torch.ones(2, 2).int(), 1.0)  # log(1 + 1/e)
     tensor(0.3133)
@@ -1046,63 +1123,6 @@ def batch(harvest, cfg, seed, step):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Many processes, one run (torchrun): each has every WORLD-th chunk of a batch, and all that a step decides is agreed
-# ------------------------------------------------------------------------------------------------------------
-
-
-def join(device):
-    """Meet the other processes that torchrun started: gloo for what is on the host, nccl for what is on a GPU."""
-    if WORLD > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one harvests while the others wait
-
-
-def agreed(tensor):
-    """Sum a tensor over the processes, in place. With one process there is nothing to do, here and below."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def highest(number):
-    """The largest of the processes' whole numbers. On the host, so that a GPU need not wait."""
-    if WORLD > 1:
-        box = torch.tensor(number)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        number = int(box)
-    return number
-
-
-def gathered(tensor):
-    """The processes' values (P,), of any lengths, one after the other."""
-    if WORLD == 1:
-        return tensor
-    lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(WORLD)]
-    dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
-    longest = int(max(lengths))
-    parts = [tensor.new_empty(longest) for _ in range(WORLD)]
-    dist.all_gather(parts, F.pad(tensor, (0, longest - len(tensor))))
-    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths)])
-
-
-def interleaved(chunks):
-    """The processes' chunks (N, ...), N the same for all, in the order that one process would have them in."""
-    if WORLD == 1:
-        return chunks
-    parts = [torch.empty_like(chunks) for _ in range(WORLD)]
-    dist.all_gather(parts, chunks.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
-
-
-def shared(value):
-    """The first process's `value` (anything that can be pickled), in all of them."""
-    box = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Trainer
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1157,62 +1177,95 @@ class Trainer:
             x_hat = x_hat + (x - sae.b_dec) @ sae.W_skip
         return acts, pairs, x_hat
 
-    def temporal(self, x, bias, pairs, mask, step):
-        """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample).
-
-        Their activations are computed again, densely: small enough, and a neighbour's pre-activation then takes part,
-        with a gradient of its own, also where it lost the selection. Of many processes each sees the whole sample."""
-        cfg, sae, F_ = self.cfg, self.sae, self.n_bound
-        mask = mask[: cfg.temp_chunks // WORLD]
-        n, W = mask.numel(), sae.W_enc.t()[:F_]
-        active = None
-        if pairs is not None:  # row n and column F_ take what lies outside: no host sync
-            active = torch.zeros(n + 1, F_ + 1, dtype=torch.bool, device=x.device)
-            active[pairs.token.clamp(max=n), pairs.latent.clamp(max=F_)] = True
-            active = interleaved(active[:n, :F_].view(*mask.shape, F_))
-        x, mask = interleaved(x[:n].view(*mask.shape, -1)), interleaved(mask)
-        z = sae.activate(F.linear(x.flatten(0, 1).to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:F_])
-        z = z.view(*mask.shape, F_)
-        active = z > 0 if active is None else active
-        if cfg.temp_codes == "post":
-            z = z * active
-        codes, order = (z * active).detach(), mask  # what is slow is judged in the true order, in the controls too
-        z, active, mask = self.reorder(z, active, mask, step)
+    def temporal(self, x, bias, acts, pairs, mask, step):
+        """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample)."""
+        cfg, mask = self.cfg, mask[: self.cfg.temp_chunks // WORLD]
         if cfg.temp_loss.startswith("infonce"):
-            return infonce_loss(z * active, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
+            return infonce_loss(*self.dense_codes(x, bias, acts, pairs, mask, step), cfg.temperature, cfg.temp_loss == "infonce")
+        ends, covariance = self.ends(x, bias, acts, pairs, mask, step)
         if cfg.temp_loss == "selective":
-            moments = pair_moments(z, mask, cfg.window, active)
-            return selective_loss(*moments, *self.gate(codes, order, *moments))
-        return WINDOW_LOSSES[cfg.temp_loss](z, mask, cfg.window, active)
+            moments = ends.moments()
+            return selective_loss(*moments, *self.gate(ends.variance, covariance, *moments))
+        return WINDOW_LOSSES[cfg.temp_loss](ends)
 
-    def reorder(self, z, active, mask, step):
-        """The controls: same loss, but its neighbours are not neighbours."""
+    def ends(self, x, bias, acts, pairs, mask, step):
+        """-> (Ends of the sample's tokens, lag-1 covariance of the codes (n_bound,)).
+
+        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part, with a
+        gradient of its own, also where it lost the selection. All of it is sparse."""
+        cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
+        if pairs is None:
+            token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
+            here = acts[token, latent]
+        else:  # on a GPU a length that is known without waiting: the sample does not have twice its share
+            m = min(len(acts), 2 * sae.k * n) if x.is_cuda else int(pairs.token_ptr[n])
+            token, latent, here = pairs.token[:m], pairs.latent[:m], acts[:m]
+        bound = ((token < n) & (latent < self.n_bound)).float()
+        token = token.clamp(max=n - 1)
+        where = torch.zeros(n * d_sae, dtype=torch.long, device=x.device)  # 1 + the place of a (token, latent) among the selected
+        where[token * d_sae + latent] = torch.arange(1, len(token) + 1, device=x.device)
+
+        order, docs = self.reorder(mask, step)
+        beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
+        other, ok = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
+        place = (token + n * torch.arange(len(other), device=x.device)[:, None]).flatten()
+        x, listed = x[other.flatten()], make_pairs(place, latent.repeat(len(other)), other.numel(), d_sae)
+        with torch.no_grad():
+            pre = pair_dots(x, sae.W_enc.t(), place, listed.latent, listed.token_ptr) + bias[listed.latent]
+        there = sae.activate(SparseEncode.apply(x, sae.W_enc, bias, pre, listed)).view(len(other), -1)
+        both = where[other[:, token] * d_sae + latent] > 0
+        there = there * both if cfg.temp_codes == "post" else there
+        count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
+        weight = ok[:, token] * bound * (1 - both.float() / 2) / count
+        latent = latent.clamp(max=self.n_bound - 1)
+
+        # moments of the codes themselves, in the true order also in the controls
+        codes = here.detach() * bound * (mask.flatten() > 0)[token]
+        after, ok = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
+        at = where[after[token] * d_sae + latent]
+        sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * ok[token]])
+        sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, latent, sums)
+        mean, square, product = agreed(sums) / agreed(torch.stack([(mask > 0).sum(), (mask > 0).sum(), ok.sum()])).clamp(min=1)[:, None]
+        here = here.expand(len(other), -1).flatten()
+        return Ends(here, there.flatten(), latent.repeat(len(other)), weight.flatten(), square - mean.square(), cfg.window), product - mean.square()
+
+    def dense_codes(self, x, bias, acts, pairs, mask, step):
+        """Codes (N,T,n_bound) of the sample and its mask (N,T), for losses that compare whole tokens. Of many processes each
+        sees the whole sample."""
+        n, W, bound = mask.numel(), self.sae.W_enc.t()[: self.n_bound], self.n_bound
+        if pairs is None:
+            active = acts[:n, :bound] > 0
+        else:  # row n and the last column take what lies outside: no host sync
+            active = torch.zeros(n + 1, bound + 1, dtype=torch.bool, device=x.device)
+            active[pairs.token.clamp(max=n), pairs.latent.clamp(max=bound)] = True
+        active = interleaved(active[:n, :bound].view(*mask.shape, bound))
+        x, mask = interleaved(x[:n].view(*mask.shape, -1)), interleaved(mask)
+        z = F.linear(x.flatten(0, 1).to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:bound]
+        order, mask = self.reorder(mask, step)
+        return (self.sae.activate(z) * active.view(-1, bound))[order], mask
+
+    def reorder(self, mask, step):
+        """mask (N,T) -> (order (N,T): the tokens as they stand beside each other for the loss, document of each, 0 = none).
+
+        In the controls the loss is the same, but its neighbours are not neighbours."""
         (N, T), control = mask.shape, self.cfg.control
-        if control == "none":
-            return z, active, mask
-        rows, columns = torch.arange(N, device=z.device)[:, None], torch.arange(T, device=z.device)
+        rows, columns = torch.arange(N, device=mask.device)[:, None], torch.arange(T, device=mask.device)
         if control == "other_docs":  # each position of a window from another chunk
-            rows, columns = (rows - columns % self.cfg.window) % N, columns.expand(N, T)
-            return z[rows, columns], active[rows, columns], (mask[rows, columns] > 0).int()
-        run = (mask != mask.roll(1, 1)).cumsum(1)
-        noise = torch.rand(N, T, generator=torch.Generator().manual_seed(step)).to(z.device)
-        columns = (run + 0.99 * noise).argsort(1)  # inside each document
-        return z[rows, columns], active[rows, columns], mask
+            rows = (rows - columns % self.cfg.window) % N
+            return rows * T + columns, (mask[rows, columns] > 0).int()
+        if control == "permuted":  # inside each document
+            run = (mask != mask.roll(1, 1)).cumsum(1)
+            noise = torch.rand(N, T, generator=torch.Generator().manual_seed(step)).to(mask.device)
+            columns = (run + 0.99 * noise).argsort(1)
+        return rows * T + columns, mask
 
     @torch.no_grad()
-    def gate(self, codes, mask, difference, power):
-        """Running statistics of each bound latent, from its codes (N,T,n_bound) and their pair_moments
-        -> (flicker, weight), both (n_bound,), constants to the gradient.
+    def gate(self, variance, covariance, difference, power):
+        """Running means of each bound latent's moments -> (flicker, weight), all (n_bound,), constants to the gradient.
 
         weight_i = min(1, rho_i / rho_x)^p / sqrt(Var_i * mean Var) / n: rho_i the latent's own autocorrelation, rho_x
         the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
-        valid = (mask > 0).unsqueeze(-1).float()
-        mean = (codes * valid).sum((0, 1)) / valid.sum().clamp(min=1)
-        a, b, ok = neighbours(codes, mask, 1)
-        now = torch.stack([(codes.square() * valid).sum((0, 1)) / valid.sum().clamp(min=1) - mean.square(),
-                           (a * b * ok).sum((0, 1)) / ok.sum().clamp(min=1) - mean.square(),
-                           difference, power])
-        self.moments.lerp_(now, 0.02)
+        self.moments.lerp_(torch.stack([variance, covariance, difference, power]), 0.02)
         self.n_moments += 1
         variance, covariance, difference, power = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
@@ -1256,7 +1309,7 @@ class Trainer:
             terms["l1"] = acts.abs().sum() / n_valid
             loss = loss + cfg.l1_alpha * terms["l1"]
         if cfg.temporal and (weight := self.temp_weight(step)) > 0:
-            terms["temporal"] = self.temporal(x, bias, pairs, mask, step) / WORLD
+            terms["temporal"] = self.temporal(x, bias, acts, pairs, mask, step) / WORLD
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
                 pull = [agreed(torch.autograd.grad(terms[name], sae.W_enc, retain_graph=True)[0].contiguous()).norm()

@@ -715,20 +715,64 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, flicker=None
     return difference.sum()
 
 
-def test_temporal_losses_equal_loops_and_see_valid_neighbours_only():
-    g = torch.Generator().manual_seed(0)
-    z, active = torch.rand(2, 8, 5, generator=g), torch.rand(2, 8, 5, generator=g) < .5
-    mask = torch.tensor([[1, 1, 1, 0, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 3]], dtype=torch.int32)
-    everywhere = torch.ones_like(active)
-    for name, loss in experiment.WINDOW_LOSSES.items():
-        for window in (2, 3):
-            close(loss(z, mask, window).item(), temporal_by_hand(name, z, everywhere, mask, window).item())
-            close(loss(z, mask, window, active).item(), temporal_by_hand(name, z, active, mask, window).item())
-        value = loss(z, mask, 3)
-        noise = torch.where((mask > 0)[..., None], z, 1e3)  # what stands at an invalid position must not matter
-        assert torch.isfinite(value) and value > 0 and torch.equal(loss(noise, mask, 3), value), name
-        still = torch.where((mask == 1)[..., None], z[0, 0], torch.where((mask == 2)[..., None], z[0, 1], z[1, 0]))
-        assert loss(still, mask, 3) < 1e-6 < value, f"{name}: codes that are constant inside each document have nothing to pay"
+def trainer_at(tiny, T=8, d_sae=60, **changes):
+    """A trainer, one batch of 32 chunks of T tokens (some invalid, some chunks of two documents), and their codes."""
+    cfg, g = config(tiny, d_sae=d_sae, temp_alpha=.5, temp_warmup=0, chunk_size=T, batch_size=32 * T, **changes), torch.Generator().manual_seed(0)
+    sae = experiment.SAE(20, d_sae, cfg.k)
+    sae.initialise("xavier", torch.zeros(20), g)
+    x = torch.randn(32 * T, 20, generator=g)
+    x[1:] += 1.5 * x[:-1]
+    mask = torch.arange(1, 33, dtype=torch.int32)[:, None].repeat(1, T)
+    mask[0, 3], mask[1, 5:], mask[4] = 0, 40, 0
+    trainer = experiment.Trainer(cfg, sae, 20.0, .3)
+    acts, pairs, _ = trainer.forward(x, sae.b_enc, mask, int((mask > 0).sum()))
+    dense = torch.zeros(32 * T, d_sae).index_put((pairs.token, pairs.latent), acts.detach()).view(32, T, d_sae)
+    return trainer, (x, sae.b_enc, acts, pairs, mask), torch.relu(x @ sae.W_enc).detach().view(32, T, d_sae), dense
+
+
+@pytest.mark.parametrize("window", [2, 3, 8])
+def test_temporal_losses_equal_loops_and_see_valid_neighbours_only(tiny, window):
+    for name in [*experiment.WINDOW_LOSSES, "infonce"]:
+        trainer, (x, bias, acts, pairs, mask), pre, codes = trainer_at(tiny, window=window, temp_loss=name, temperature=.1)
+        some, n = mask[: trainer.cfg.temp_chunks], trainer.cfg.temp_chunks
+        active = torch.zeros_like(codes, dtype=torch.bool).index_put((pairs.token // 8, pairs.token % 8, pairs.latent), torch.tensor(True))
+        value = trainer.temporal(x, bias, acts, pairs, mask, 20)
+        close(value.item(), temporal_by_hand(name, pre[:n], active[:n], some, window).item())
+        assert value > 0
+        noise = torch.where((mask > 0).flatten()[:, None], x, 1e3)  # what stands at an invalid position must not matter
+        assert torch.equal(trainer.temporal(noise, bias, acts, pairs, mask, 20), value), name
+
+
+def test_the_controls_break_the_order_and_nothing_else(tiny):
+    """Every token keeps its place in the sample once; other_docs puts strangers side by side, permuted keeps documents whole."""
+    mask = trainer_at(tiny)[1][-1][:8]
+    plain = torch.arange(64).view(8, 8)
+    for control in ("none", "other_docs", "permuted"):
+        trainer = trainer_at(tiny, control=control, window=4)[0]
+        order, docs = trainer.reorder(mask, 3)
+        assert torch.equal(order.flatten().sort().values, plain.flatten())
+        chunk, doc = order // 8, mask.flatten()[order]
+        if control == "none":
+            assert torch.equal(order, plain) and torch.equal(docs, mask)
+        if control == "permuted":
+            assert torch.equal(chunk, plain // 8) and torch.equal(doc, mask) and torch.equal(docs, mask) and not torch.equal(order, plain)
+            assert not torch.equal(order, trainer.reorder(mask, 4)[0])
+        if control == "other_docs":
+            for lag in range(1, 4):
+                assert (chunk[:, :-lag] != chunk[:, lag:]).all()
+            assert torch.equal(docs > 0, doc > 0)
+
+
+def test_the_gate_sees_the_codes_true_autocorrelation(tiny):
+    """Variance and lag-1 covariance of the codes, by loops; in a control too, whose neighbours are none."""
+    for control in ("none", "other_docs"):
+        trainer, batch, _, codes = trainer_at(tiny, control=control, window=2)
+        mask, codes = batch[-1][:8], codes[:8].double()
+        ends, covariance = trainer.ends(*batch[:-1], mask, 3)
+        valid = codes[mask > 0]
+        product = [codes[n, t] * codes[n, t + 1] for n in range(8) for t in range(7) if mask[n, t] == mask[n, t + 1] > 0]
+        assert torch.allclose(ends.variance.double(), valid.var(0, correction=0), atol=1e-6)
+        assert torch.allclose(covariance.double(), torch.stack(product).mean(0) - valid.mean(0) ** 2, atol=1e-6)
 
 
 def dense_step(p, cfg, trainer, x, mask, step, dead, gate):
@@ -1427,7 +1471,7 @@ def ranks(processes, words, report, world=2, **how):
 # Two processes add the same numbers in another order. Where that flips a selection the difference grows, as it does between
 # two numbers of threads: these settings have no such flip, any of them would show a term that is counted wrongly.
 @pytest.mark.parametrize("variant", [{}, dict(sparsity="topk", temp_loss="infonce", temp_alpha=0.1), dict(sparsity="l1", temp_loss="sqdiff"),
-                                     dict(control="other_docs", temp_loss="autocorr"), dict(matryoshka_alpha=1, temporal_fraction=0.25)], ids=str)
+                                     dict(temp_loss="variance", window=4), dict(temp_loss="autocorr"), dict(matryoshka_alpha=1, temporal_fraction=0.25)], ids=str)
 def test_two_processes_train_the_weights_of_one(work, tiny, acts_file, processes, variant, unscored):
     name = hashlib.sha256(str(variant).encode()).hexdigest()[:8]
     settings = dict(acts=acts_file, eval_rows=20, d_sae=48, k=3, train_tokens=256 * 50, window=2, lr=1e-3, dead_tokens=600) | variant
