@@ -18,6 +18,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import mmap
@@ -51,6 +52,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a stalled stream of text is taken up again
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
 
 # ------------------------------------------------------------------------------------------------------------
@@ -665,7 +667,8 @@ WHEELS = {
 
 
 class Rows(NamedTuple):
-    """Packed text. tokens (N,T) int64, doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics by doc_id."""
+    """Packed text. tokens (N,T) (int64, but int32 on disk), doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics
+    by doc_id, of evaluation rows only."""
 
     tokens: np.ndarray
     doc_id: np.ndarray
@@ -803,8 +806,9 @@ def residuals(model, tokens, layer):
         raise StopForward
 
     handle = decoder_blocks(model)[layer].register_forward_hook(hook)
+    tokens = tokens if torch.is_tensor(tokens) else torch.from_numpy(np.array(tokens, np.int64))
     try:
-        model(torch.as_tensor(tokens, device=model.device), use_cache=False)
+        model(tokens.to(model.device), use_cache=False)
     except StopForward:
         pass
     finally:
@@ -820,108 +824,214 @@ def special_ids(tokenizer):
     return ids[0], sorted(set(ids))
 
 
-def documents(cfg):
-    """Yield (text, topic or None), one document at a time.
+def text_blocks(files):
+    """Yield the documents of .txt files: blank lines part them."""
+    for file in files:
+        with open(file, errors="replace") as f:
+            rest = ""
+            while piece := f.read(1 << 20):
+                *blocks, rest = (rest + piece).split("\n\n")
+                yield from blocks
+        yield rest
 
-    The embedded text is shuffled once, by a seed of its own: the split into training and evaluation is the same
-    in each run. A hub data set is streamed."""
-    if cfg.dataset == EMBEDDED_TEXT:
-        summaries = list(json.loads(embedded_file(cfg, EMBEDDED_TEXT).read_text()).values())
-        for i in np.random.default_rng(0).permutation(len(summaries)):
-            yield summaries[i]["extract"], summaries[i]["topic"]
-        return
+
+def open_text(cfg, skip):
+    """An iterator over (text, topic or None) of a local or hub data set, from document `skip` on. Nothing is downloaded
+    but what is read."""
     path = Path(cfg.dataset)
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
-        for file in [path] if path.is_file() else sorted(path.glob("*.txt")):
-            for block in file.read_text(errors="replace").split("\n\n"):  # blank lines part documents
-                yield block, None
-        return
+        files = [path] if path.is_file() else sorted(path.glob("*.txt"))
+        return ((block, None) for block in itertools.islice(text_blocks(files), skip, None))
     from datasets import load_dataset
-    try:
-        if path.exists():
-            files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
-            kind = "parquet" if files and files[0].endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-        else:
+    if path.exists():
+        files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
+        kind = "parquet" if files and files[0].endswith(".parquet") else "json"
+        rows = load_dataset(kind, data_files=files, split="train", streaming=True)
+    else:
+        try:
             rows = load_dataset(cfg.dataset, split="train", streaming=True)
-        for row in rows:
-            if cfg.text_field not in row:
-                raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
-            if not isinstance(row[cfg.text_field] or "", str):
-                raise ValueError(f"--text_field {cfg.text_field} holds no text")
-            yield row[cfg.text_field] or "", row.get("topic")
-    except Exception as e:  # datasets, pyarrow and the hub raise many kinds
-        raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); give a local .txt/.jsonl/.parquet "
-                         f"file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
+        except RuntimeError as e:
+            if "Dataset scripts" not in str(e):
+                raise
+            # a repository that holds code to run and no data: the hub has converted most of them
+            rows = load_dataset(cfg.dataset, revision="refs/convert/parquet", split="train", streaming=True)
+    return (text_of(cfg, row) for row in (rows.skip(skip) if skip else rows))
 
 
-def tokenised(cfg, tokenizer):
-    """Yield (token ids, topic) of every document that is not empty; tokenised 256 at a time, which is what is fast."""
-    stream = documents(cfg)
-    while batch := [b for _, b in zip(range(256), stream)]:
+def text_of(cfg, row):
+    """A data set's row -> (text, topic or None)."""
+    if cfg.text_field not in row:
+        raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
+    if not isinstance(row[cfg.text_field] or "", str):
+        raise ValueError(f"--text_field {cfg.text_field} holds no text")
+    return row[cfg.text_field] or "", row.get("topic")
+
+
+def transient(cfg, error):
+    """Whether waiting may help: no answer or an overloaded server do; what is missing, closed to us or broken does not."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status:
+        return status >= 500 or status in (408, 429)
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    if isinstance(error, OSError) and Path(cfg.dataset).exists():
+        return error.errno is not None  # pyarrow's word for a broken file is an OSError without a number
+    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "aiohttp"))
+
+
+def documents(cfg, skip=0):
+    """Yield (text, topic or None), one document at a time, from document `skip` on.
+
+    The embedded text is shuffled once, by a seed of its own: the split into training and evaluation is the same
+    in each run. Any other is streamed; a stream that stalls is taken up again where it stood."""
+    if cfg.dataset == EMBEDDED_TEXT:
+        summaries = list(json.loads(embedded_file(cfg, EMBEDDED_TEXT).read_text()).values())
+        for i in np.random.default_rng(0).permutation(len(summaries))[skip:]:
+            yield summaries[i]["extract"], summaries[i]["topic"]
+        return
+    waits, opened = iter(RETRY_SECONDS), skip > 0
+    while True:
+        try:
+            stream = open_text(cfg, skip)
+            opened = True
+            for document in stream:
+                skip, waits = skip + 1, iter(RETRY_SECONDS)
+                yield document
+            return
+        except Exception as e:  # datasets, pyarrow and the hub raise many kinds
+            if not (opened and transient(cfg, e)):  # the hub's own client is patient enough with what was never open
+                closed = type(e).__name__ in ("DatasetNotFoundError", "GatedRepoError", "RepositoryNotFoundError")
+                login = "accept its conditions on the hub and log in with `hf auth login`, or " if closed else ""
+                raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); {login}give a local .txt/"
+                                 f".jsonl/.parquet file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
+            if (seconds := next(waits, None)) is None:
+                raise RuntimeError(f"--dataset {cfg.dataset} stalled after {skip:,} documents ({first_line(e)}); what was "
+                                   "read is kept, and the same command goes on there") from None
+            say(f"--dataset {cfg.dataset} stalled after {skip:,} documents ({first_line(e)}): again in {seconds} s")
+            time.sleep(seconds)
+
+
+PACK_DOCUMENTS = 256  # are tokenised at a time, which is what is fast, and then written
+
+
+def tokenised(cfg, tokenizer, read):
+    """Yield (documents read so far, token ids, topic) of every document from number `read` on that is not empty."""
+    stream, stalled = documents(cfg, read), None
+    while not stalled:
+        batch = []
+        try:
+            for document in itertools.islice(stream, PACK_DOCUMENTS):
+                batch.append(document)
+        except RuntimeError as e:  # not before what did come is used
+            stalled = e
+        if not batch:
+            break
         for ids, (_, topic) in zip(tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"], batch):
+            read += 1
             if ids:
-                yield ids, topic
+                yield read, ids, topic
+    if stalled:
+        raise stalled
 
 
-def pack(ids, doc_ids, T, bos):
-    """Token lists -> rows (N,T) and doc_id (N,T): BOS starts each row and stands between documents in a row."""
-    if not ids:
-        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
-    tokens = np.concatenate([np.r_[bos, d] for d in ids]).astype(np.int64)
-    owner = np.repeat(np.asarray(doc_ids, np.int32), [len(d) + 1 for d in ids])
-    starts, at = [], 0
+def pack(ids, doc_ids, T, bos, carry=((), ())):
+    """Token lists -> rows (N,T), doc_id (N,T) and the tokens that did not fill a row, with their documents: the next call's
+    carry. BOS starts each row and stands between documents in a row."""
+    tokens = np.concatenate([carry[0], *([bos, *d] for d in ids)]).astype(np.int64)
+    owner = np.concatenate([carry[1], np.repeat(doc_ids, np.array([len(d) + 1 for d in ids], int))]).astype(np.int32)
+    rows, owners, at = np.empty((0, T), np.int64), np.empty((0, T), np.int32), 0
+    starts = []
     while at + T <= len(tokens):
         starts.append(at)
         at += T if tokens[at] == bos else T - 1  # a row that starts inside a document gets a BOS of its own
-    if not starts:
-        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
-    cut = lambda a, s: a[s : s + T] if tokens[s] == bos else np.r_[a[s], a[s : s + T - 1]]
-    rows = np.stack([cut(tokens, s) for s in starts])
-    rows[:, 0] = bos
-    return rows, np.stack([cut(owner, s) for s in starts])
+    if starts:
+        cut = lambda a, s: a[s : s + T] if tokens[s] == bos else np.r_[a[s], a[s : s + T - 1]]
+        rows, owners = (np.stack([cut(a, s) for s in starts]) for a in (tokens, owner))
+        rows[:, 0] = bos
+    return rows, owners, (tokens[at:].tolist(), owner[at:].tolist())
+
+
+def append(path, rows, at):
+    """Append rows (n,T) to a .npy file of which the first `at` rows count. numpy's header has room for a longer count."""
+    kind, shape = np.lib.format.dtype_to_descr(rows.dtype), (at + len(rows), rows.shape[1])
+    with open(path, "r+b" if path.exists() else "w+b") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": kind, "fortran_order": False, "shape": shape})
+        f.seek(at * rows.shape[1] * rows.itemsize, os.SEEK_CUR)
+        f.truncate(), f.write(rows.tobytes()), f.flush(), os.fsync(f.fileno())
 
 
 def load_rows(cfg, tokenizer, split):
-    """The packed rows of a split, "train" or "eval". Documents never cross from one to the other. Tokenised once."""
-    bos, special = special_ids(tokenizer)
-    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field,
-                    model=cfg.model, model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
+    """The packed rows of a split, "train" (memory-mapped) or "eval". Documents never cross from one to the other."""
+    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field, model=cfg.model, format=2,
+                    model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens)
     folder = cache_root(cfg) / f"rows-{key}"
     with making(folder) as todo:
         if todo:
-            build_rows(cfg, tokenizer, bos, folder)
-    tokens, doc_id = (np.load(folder / f"{split}_{name}.npy") for name in ("tokens", "doc_id"))
-    topics = json.loads((folder / "topics.json").read_text())["topics"]
-    return Rows(tokens.astype(np.int64), doc_id, ~np.isin(tokens, special), topics)
+            build_rows(cfg, tokenizer, folder)
+    names = [folder / f"{split}_{name}.npy" for name in ("tokens", "doc_id", "valid")]
+    tokens, doc_id, valid = (np.load(name, mmap_mode="r" if split == "train" else None) for name in names)
+    if split == "train":
+        return Rows(tokens, doc_id, valid, None)
+    return Rows(tokens.astype(np.int64), doc_id, valid, json.loads((folder / "topics.json").read_text())["topics"])
 
 
-def build_rows(cfg, tokenizer, bos, folder):
-    """Tokenise, evaluation documents first, until both splits are full; write them to `folder`."""
-    T, special = cfg.context_size, special_ids(tokenizer)[1]
+def build_rows(cfg, tokenizer, folder):
+    """Tokenise, evaluation documents first, until both splits are full.
+
+    Rows are appended to the files in `folder` as they fill, and a cursor is moved behind them: whatever stops this, the
+    next call goes on there. Memory does not grow with the text."""
+    T, (bos, special), progress = cfg.context_size, special_ids(tokenizer), folder / "progress"
     want = {"eval": cfg.eval_rows, "train": -(-cfg.harvest_tokens // T)}
-    stream, topics, packed = tokenised(cfg, tokenizer), [], {}
-    for split, n_rows in want.items():
-        ids, first, size = [], len(topics), 0
-        # one row more than wanted: a row that starts inside a document uses up one token less
-        while size < n_rows * T + T and (found := next(stream, None)):
-            ids.append([t for t in found[0] if t not in special])  # "<|endoftext|>" written out in a text is no boundary
-            topics.append(found[1])
-            size += len(ids[-1]) + 1
-        packed[split] = [a[:n_rows] for a in pack(ids, range(first, len(topics)), T, bos)]
-    n_eval, n_train = len(packed["eval"][0]), len(packed["train"][0])
-    if n_eval < want["eval"] or n_train == 0:
-        raise ValueError(f"--dataset {cfg.dataset} has only {len(topics)} documents, {n_eval + n_train} rows of {T} tokens: "
-                         f"too little for --eval_rows {cfg.eval_rows} and training")
-    if n_train < want["train"]:
-        say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
+    at = {"split": "eval", "read": 0, "documents": 0, "tokens": 0, "eval": 0, "train": 0, "carry": [[], []], "topics": []}
+    if progress.exists():
+        at = json.loads(progress.read_text())
+    stream, stalled, full = tokenised(cfg, tokenizer, at["read"]), None, False
+    with tqdm(total=sum(want.values()) * T, initial=(at["eval"] + at["train"]) * T, desc="tokenise", unit="tok",
+              unit_scale=True, mininterval=1, leave=False) as bar:
+        while not (stalled or full and at["split"] == "train"):
+            if full:  # what is left of the last evaluation document is not trained on
+                write_json({folder / "topics.json": {"topics": at["topics"] if any(at["topics"]) else None}})
+                at |= {"split": "train", "tokens": 0, "carry": [[], []], "topics": []}
+            split, ids, first = at["split"], [], at["documents"]
+            try:  # one row more than wanted: a row that starts inside a document uses up one token less
+                while at["tokens"] < want[split] * T + T and len(ids) < PACK_DOCUMENTS and (found := next(stream, None)):
+                    at["read"], document, topic = found
+                    # "<|endoftext|>" written out in a text is no boundary
+                    ids.append([t for t in document if t not in special])
+                    at["tokens"] += len(ids[-1]) + 1
+                    if split == "eval":
+                        at["topics"].append(topic)
+            except RuntimeError as e:
+                stalled = e
+            at["documents"] += len(ids)
+            rows, doc_id, at["carry"] = pack(ids, range(first, at["documents"]), T, bos, at["carry"])
+            rows, doc_id = (a[: want[split] - at[split]] for a in (rows, doc_id))
+            for name, a in (("tokens", rows.astype(np.int32)), ("doc_id", doc_id), ("valid", ~np.isin(rows, special))):
+                append(folder / f"{split}_{name}.npy", a, at[split])
+            at[split] += len(rows)
+            replace(progress, json.dumps(at))
+            bar.update(rows.size)
+            full = len(ids) < PACK_DOCUMENTS  # or the text is at its end
+    if stalled:
+        raise stalled
+    if at["eval"] < want["eval"] or at["train"] == 0:
+        shutil.rmtree(folder)
+        raise ValueError(f"--dataset {cfg.dataset} has only {at['documents']} documents, {at['eval'] + at['train']} rows of "
+                         f"{T} tokens: too little for --eval_rows {cfg.eval_rows} and training")
+    if at["train"] < want["train"]:
+        say(f"the data set gives {at['train'] * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
             "training goes round them")
-    for split, (tokens, doc_id) in packed.items():
-        np.save(folder / f"{split}_tokens.npy", tokens.astype(np.int32)), np.save(folder / f"{split}_doc_id.npy", doc_id)
-    write_json({folder / "topics.json": {"topics": topics if any(topics) else None}})
 
 
 HARVEST_ROWS = 8  # rows a forward
+
+
+def tokens_hash(tokens):
+    """SHA-256 of rows (N,T) as int64, a block at a time."""
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), 4096):
+        digest.update(tokens[i : i + 4096].astype(np.int64).tobytes()), release(tokens)
+    return digest.hexdigest()
 
 
 def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
@@ -932,7 +1042,7 @@ def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
     config, device = load_tokenizer(cfg)[0], pick_device(cfg.device)
     dtype, revision = pick_dtype(cfg.dtype, device), getattr(config, "_commit_hash", None) or version(cfg.model)
     key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=torch.device(device).type, layer=cfg.layer,
-                    rows=hashlib.sha256(tokens.tobytes()).hexdigest(), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
+                    rows=tokens_hash(tokens), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
     folder = cache_root(cfg) / f"acts-{key}"
     store = np.uint16 if dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
     shape, progress = (*tokens.shape, config.get_text_config().hidden_size), folder / "progress"

@@ -682,6 +682,128 @@ def test_few_long_documents_still_fill_both_splits(work, tiny, tokenizer):
     assert len(held_out.tokens) == 48 and len(train.tokens) > 100 and not set(train.doc_id.ravel()) & set(held_out.doc_id.ravel())
 
 
+def one_shot(cfg, tokenizer):
+    """{split: (tokens, doc_id)}: all of the text at once, as simply as it can be said."""
+    T, bos, found, n, documents = cfg.context_size, tokenizer.bos_token_id, {}, 0, iter(story(i)[0] for i in range(400))
+    for split, wanted in (("eval", cfg.eval_rows), ("train", -(-cfg.harvest_tokens // T))):
+        tokens = []  # (token, document)
+        while len(tokens) < wanted * T + T and (text := next(documents, None)):
+            tokens += [(t, n) for t in (bos, *tokenizer.encode(text, add_special_tokens=False))]
+            n += 1
+        rows, at = [], 0
+        while at + T <= len(tokens):
+            inside = tokens[at][0] != bos
+            rows.append([(bos, tokens[at][1])] * inside + tokens[at:at + T - inside])
+            at += T - inside
+        found[split] = np.array(rows[:wanted]).transpose(2, 0, 1)
+    return found
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 256])
+def test_rows_made_bit_by_bit_are_those_made_at_once(work, tiny, tokenizer, at_a_time, monkeypatch):
+    monkeypatch.setattr(experiment, "PACK_DOCUMENTS", at_a_time)
+    cfg = config(tiny, cache_dir=work / f"bits_{at_a_time}")
+    for split, (tokens, doc_id) in one_shot(cfg, tokenizer).items():
+        rows = experiment.load_rows(cfg, tokenizer, split)
+        assert np.array_equal(rows.tokens, tokens) and np.array_equal(rows.doc_id, doc_id) and len(tokens) > 40
+    assert isinstance(experiment.load_rows(cfg, tokenizer, "train").tokens, np.memmap), "the tokens are held in memory"
+
+
+@pytest.mark.parametrize("crash_at", [3, 20, 60, 120])
+def test_a_crash_keeps_what_was_read(work, tiny, tokenizer, crash_at, monkeypatch):
+    monkeypatch.setattr(experiment, "PACK_DOCUMENTS", 8)
+    cfg, real, asked = config(tiny, cache_dir=work / f"crash_{crash_at}"), experiment.documents, []
+
+    def crashing(cfg, skip=0):
+        asked.append(skip)
+        for i, document in enumerate(real(cfg, skip)):
+            if i == crash_at and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield document
+
+    monkeypatch.setattr(experiment, "documents", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.load_rows(cfg, tokenizer, "train")
+    for file in (work / f"crash_{crash_at}").glob("rows-*/*.npy"):  # what a kill between file and cursor leaves behind
+        file.write_bytes(file.read_bytes() + b"torn")
+    for split, (tokens, doc_id) in one_shot(cfg, tokenizer).items():
+        rows = experiment.load_rows(cfg, tokenizer, split)
+        assert np.array_equal(rows.tokens, tokens) and np.array_equal(rows.doc_id, doc_id)
+    assert len(asked) == 2 and crash_at - 8 <= asked[1] <= crash_at, asked
+
+
+class Hub:
+    """What load_dataset gives: the stories, with errors where `faults` {document: [errors]} says so."""
+
+    def __init__(self, faults, asked, at=0):
+        self.faults, self.asked, self.at = faults, asked, at
+
+    def skip(self, n):
+        self.asked.append(n)
+        return Hub(self.faults, self.asked, n)
+
+    def __iter__(self):
+        for i in range(self.at, 400):
+            if self.faults.get(i):
+                raise self.faults[i].pop(0)
+            yield dict(zip(("text", "topic"), story(i)))
+
+
+def hub_error(status, kind=None):
+    """An error as huggingface_hub raises it."""
+    from huggingface_hub import errors
+    kind = getattr(errors, kind or "HfHubHTTPError")
+    error = kind.__new__(kind, f"{status} says the hub")
+    error.args, error.response = (f"{status} says the hub",), types.SimpleNamespace(status_code=status)
+    return error
+
+
+def test_a_stalled_stream_goes_on_where_it_stood(work, tiny, tokenizer, lm_dir, monkeypatch, capsys, unscored):
+    import datasets
+    waited, asked, settings = [], [], dict(dataset="someone/stories", cache_dir=work / "stalled_cache")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    faults = {0: [ConnectionError("gone")], 90: [hub_error(503), OSError("reset"), TimeoutError("slow")], 91: [hub_error(500)],
+              110: [ConnectionResetError(104, "reset")] * 6}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Hub(faults, asked))
+    go = lambda: experiment.main(argv(tiny, out_dir=work / "stalled", **settings))
+    refused(capsys, go, 1, "the same command goes on")
+    assert waited == [1, 1, 2, 4, 1, 1, 2, 4, 8, 16] and asked == [90] * 3 + [91] + [110] * 5 and not (work / "stalled").exists()
+    del waited[:], asked[:]
+    assert go() == 0 and asked == [110] and not waited
+    rows = experiment.load_rows(config(tiny, **settings), tokenizer, "train")
+    assert np.array_equal(rows.tokens, one_shot(config(tiny), tokenizer)["train"][0])
+
+
+def test_what_waiting_cannot_mend_is_refused_at_once(work, tiny, monkeypatch, capsys, unscored):
+    import datasets
+    monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("it waited"))
+    go = lambda: experiment.main(argv(tiny, out_dir=work / "no_hub_text", dataset="someone/closed", cache_dir=work / "closed_cache"))
+    closed = datasets.exceptions.DatasetNotFoundError("Dataset 'someone/closed' is a gated dataset on the Hub. You must be authenticated")
+    for error, words in ((closed, "hf auth login"), (closed, "is a gated dataset"), (hub_error(403, "GatedRepoError"), "hf auth login"),
+                         (hub_error(404), "404"), (FileNotFoundError("no such file"), "local"), (PermissionError(13, "no"), "local")):
+        def load(*a, **k):
+            raise error
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        refused(capsys, go, 2, words)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Hub({10: [error] * 9}, []))
+        refused(capsys, go, 2, words)
+
+
+def test_a_data_set_of_code_is_read_from_its_parquet_copy(tiny, monkeypatch):
+    import datasets
+    asked = []
+
+    def load(*names, **options):
+        asked.append(options.get("revision"))
+        if not options.get("revision"):
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+        return Hub({}, [])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert next(experiment.documents(config(tiny, dataset="Skylion007/openwebtext"))) == story(0)
+    assert asked == [None, "refs/convert/parquet"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # D. Losses and the training step
 # ------------------------------------------------------------------------------------------------------------
