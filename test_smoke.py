@@ -804,6 +804,66 @@ def test_a_data_set_of_code_is_read_from_its_parquet_copy(tiny, monkeypatch):
     assert asked == [None, "refs/convert/parquet"]
 
 
+# -- a harvest that no disk holds ----------------------------------------------------------------------------
+
+STREAMED = dict(cache_gb=1e-9, buffer_gb=2 * 24 * 32 * (WIDTH * 4 + 4) / 1e9)  # two halves of 24 rows
+
+
+def test_a_streamed_harvest_serves_every_chunk_once_a_pass(tiny):
+    """64 rows in halves of 24: passes do not end where halves do."""
+    cfg = config(tiny, harvest_tokens=64 * 32, **STREAMED)
+    cached, streamed = (experiment.load_harvest(c, experiment.Stop()) for c in (config(tiny, harvest_tokens=64 * 32), cfg))
+    assert isinstance(streamed.acts, experiment.Stream) and streamed.acts.half_rows == 24
+    assert torch.equal(cached.mean, streamed.mean) and cached.scale == streamed.scale and cached.rho == streamed.rho
+    chunks = torch.from_numpy(np.array(cached.acts)).view(256, 8, WIDTH) * cached.scale
+    where, served = {chunk.numpy().tobytes(): i for i, chunk in enumerate(chunks)}, []
+    for step in range(27):  # 9 generations of 24 rows of 4 chunks, 32 chunks a step
+        x, mask, n_valid = experiment.batch(streamed, cfg, 0, step)
+        ids = [where[chunk.numpy().tobytes()] for chunk in x.view(32, 8, WIDTH)]  # KeyError: a chunk that is not whole
+        assert np.array_equal(mask, cached.mask.reshape(256, 8)[ids]) and n_valid == (mask > 0).sum()
+        assert step < 3 or len({i // 96 for i in ids}) > 1, "a batch mixes two halves"
+        served += ids
+    left = lambda half, part: ((half * 96 + np.random.default_rng([0, half]).permutation(96)[part]) % 256).tolist()
+    served += left(0, slice(48)) + left(9, slice(48, None))  # A_0, which no generation has, and B_9, which is yet to come
+    visits = np.arange(10 * 96) % 256  # ten halves, one after the other
+    assert sorted(served) == sorted(visits.tolist())
+    again = experiment.load_harvest(cfg, experiment.Stop())
+    assert torch.equal(experiment.batch(again, cfg, 0, 26)[0], x), "a batch depends on seed and step alone"
+    assert not torch.equal(experiment.batch(again, cfg, 1, 26)[0], x)
+
+
+@pytest.fixture(scope="session")
+def streamed(work, tiny):
+    """The base run's command, streamed."""
+    assert experiment.main(argv(tiny, out_dir=work / "streamed", cache_dir=work / "streamed_cache", **STREAMED)) == 0
+    return work / "streamed"
+
+
+def test_a_streamed_run_is_as_good_as_a_cached_one(work, base, streamed):
+    ours, theirs = (next(iter(read(run / "final_info.json").values()))["means"] for run in (streamed, base))
+    assert not list((work / "streamed_cache").rglob("acts.npy")), "activations were written"
+    for name, error in (("explained_variance", .05), ("cossim", .05), ("ce_loss_score", .1)):
+        assert ours[name] == pytest.approx(theirs[name], abs=error), name
+    assert ours["l0"] == pytest.approx(theirs["l0"], rel=.1)
+    x = load_file(streamed / "seed_0" / "reference.safetensors")["x"]
+    assert torch.equal(x, load_file(base / "seed_0" / "reference.safetensors")["x"])
+
+
+@pytest.mark.parametrize("name, call, step", [("residuals", 32 + 6 + 2, 3), ("batch", 8, 8)], ids=["in a refill", "in a step"])
+def test_a_streamed_run_resumes_exactly(work, tiny, streamed, name, call, step, monkeypatch, unscored):
+    out = work / f"streamed_{name}"
+    settings = argv(tiny, out_dir=out, cache_dir=work / "streamed_cache", **STREAMED)
+    with monkeypatch.context() as m:  # 32 forwards for the sample, 3 for each half
+        interrupt_at(m, experiment, name, [call])
+        assert experiment.main(settings) == 130
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == step
+    with monkeypatch.context() as m:
+        again = interrupt_at(m, experiment, "residuals", [])
+        assert experiment.main(settings + ["--resume"]) == 0
+    assert same_weights(out, streamed) and log_lines(out) == log_lines(streamed)
+    assert again[0] == 32 + 3 * (15 - step // 3), "the sample, two halves, and those to come"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # D. Losses and the training step
 # ------------------------------------------------------------------------------------------------------------
@@ -1285,6 +1345,8 @@ BAD_SETTINGS = {
     "acts missing": (dict(acts="{bad}/missing.npy"), "no such file"), "resume and overwrite": (dict(resume=True, overwrite=True), "exclude"),
     "resume nothing": (dict(resume=True), "no run"), "out_dir is a file": (dict(out_dir="{bad}/file"), "{bad}/file"), "out_dir of nothing": (dict(out_dir=""), "--out_dir"),
     "out_dir is runs itself": (dict(out_dir=".", overwrite=True), "--out_dir"), "out_dir is the repository": (dict(out_dir="..", overwrite=True), "--out_dir"),
+    "no cache": (dict(cache_gb=0), "--cache_gb"), "buffer nan": (dict(buffer_gb="nan"), "--buffer_gb"),
+    "reconstruction rows negative": (dict(reconstruction_rows=-1), "--reconstruction_rows"),
     "out_dir is no run": (dict(out_dir="{bad}/not_a_run"), "not_a_run"), "overwrite what is no run": (dict(out_dir="{bad}/not_a_run", overwrite=True), "not_a_run"),
 }
 # refused once the data have been looked at: (settings, exit code, words of the answer)
@@ -1298,6 +1360,7 @@ BAD_DATA = {
     "lines of lists": (dict(dataset="{bad}/lists.jsonl"), 2, "--text_field"), "lines of bytes": (dict(dataset="{bad}/bytes.jsonl"), 2, "--dataset"),
     "no such column": (dict(text_field="body"), 2, "--text_field"), "parquet broken": (dict(dataset="{bad}/broken.parquet"), 2, "--dataset"),
     "table of another kind": (dict(dataset="{bad}/data.csv"), 2, "--dataset"), "folder empty": (dict(dataset="{bad}/folder"), 2, "--dataset"),
+    "buffer too small": (dict(cache_gb=1e-9, buffer_gb=1e-9), 2, "--buffer_gb"),
     "acts of rank 2": (dict(acts="{bad}/rank2.npy"), 2, "(N,T,d_in)"), "acts whole numbers": (dict(acts="{bad}/int.npy"), 2, "float32"),
     "acts float64": (dict(acts="{bad}/float64.npy"), 2, "float32"), "acts with NaN": (dict(acts="{bad}/nan.npy"), 2, "NaN"),
     "acts with infinity": (dict(acts="{bad}/inf.npy"), 2, "infinity"), "acts too few": (dict(acts="{bad}/few.npy"), 2, "4 rows"),
