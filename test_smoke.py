@@ -682,6 +682,188 @@ def test_few_long_documents_still_fill_both_splits(work, tiny, tokenizer):
     assert len(held_out.tokens) == 48 and len(train.tokens) > 100 and not set(train.doc_id.ravel()) & set(held_out.doc_id.ravel())
 
 
+def one_shot(cfg, tokenizer):
+    """{split: (tokens, doc_id)}: all of the text at once, as simply as it can be said."""
+    T, bos, found, n, documents = cfg.context_size, tokenizer.bos_token_id, {}, 0, iter(story(i)[0] for i in range(400))
+    for split, wanted in (("eval", cfg.eval_rows), ("train", -(-cfg.harvest_tokens // T))):
+        tokens = []  # (token, document)
+        while len(tokens) < wanted * T + T and (text := next(documents, None)):
+            tokens += [(t, n) for t in (bos, *tokenizer.encode(text, add_special_tokens=False))]
+            n += 1
+        rows, at = [], 0
+        while at + T <= len(tokens):
+            inside = tokens[at][0] != bos
+            rows.append([(bos, tokens[at][1])] * inside + tokens[at:at + T - inside])
+            at += T - inside
+        found[split] = np.array(rows[:wanted]).transpose(2, 0, 1)
+    return found
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 256])
+def test_rows_made_bit_by_bit_are_those_made_at_once(work, tiny, tokenizer, at_a_time, monkeypatch):
+    monkeypatch.setattr(experiment, "PACK_DOCUMENTS", at_a_time)
+    cfg = config(tiny, cache_dir=work / f"bits_{at_a_time}")
+    for split, (tokens, doc_id) in one_shot(cfg, tokenizer).items():
+        rows = experiment.load_rows(cfg, tokenizer, split)
+        assert np.array_equal(rows.tokens, tokens) and np.array_equal(rows.doc_id, doc_id) and len(tokens) > 40
+    assert isinstance(experiment.load_rows(cfg, tokenizer, "train").tokens, np.memmap), "the tokens are held in memory"
+
+
+@pytest.mark.parametrize("crash_at", [3, 20, 60, 120])
+def test_a_crash_keeps_what_was_read(work, tiny, tokenizer, crash_at, monkeypatch):
+    monkeypatch.setattr(experiment, "PACK_DOCUMENTS", 8)
+    cfg, real, asked = config(tiny, cache_dir=work / f"crash_{crash_at}"), experiment.documents, []
+
+    def crashing(cfg, skip=0):
+        asked.append(skip)
+        for i, document in enumerate(real(cfg, skip)):
+            if i == crash_at and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield document
+
+    monkeypatch.setattr(experiment, "documents", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.load_rows(cfg, tokenizer, "train")
+    for file in (work / f"crash_{crash_at}").glob("rows-*/*.npy"):  # what a kill between file and cursor leaves behind
+        file.write_bytes(file.read_bytes() + b"torn")
+    for split, (tokens, doc_id) in one_shot(cfg, tokenizer).items():
+        rows = experiment.load_rows(cfg, tokenizer, split)
+        assert np.array_equal(rows.tokens, tokens) and np.array_equal(rows.doc_id, doc_id)
+    assert len(asked) == 2 and crash_at - 8 <= asked[1] <= crash_at, asked
+
+
+class Hub:
+    """What load_dataset gives: the stories, with errors where `faults` {document: [errors]} says so."""
+
+    def __init__(self, faults, asked, at=0):
+        self.faults, self.asked, self.at = faults, asked, at
+
+    def skip(self, n):
+        self.asked.append(n)
+        return Hub(self.faults, self.asked, n)
+
+    def __iter__(self):
+        for i in range(self.at, 400):
+            if self.faults.get(i):
+                raise self.faults[i].pop(0)
+            yield dict(zip(("text", "topic"), story(i)))
+
+
+def hub_error(status, kind=None):
+    """An error as huggingface_hub raises it."""
+    from huggingface_hub import errors
+    kind = getattr(errors, kind or "HfHubHTTPError")
+    error = kind.__new__(kind, f"{status} says the hub")
+    error.args, error.response = (f"{status} says the hub",), types.SimpleNamespace(status_code=status)
+    return error
+
+
+def test_a_stalled_stream_goes_on_where_it_stood(work, tiny, tokenizer, lm_dir, monkeypatch, capsys, unscored):
+    import datasets
+    waited, asked, settings = [], [], dict(dataset="someone/stories", cache_dir=work / "stalled_cache")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    faults = {0: [ConnectionError("gone")], 90: [hub_error(503), OSError("reset"), TimeoutError("slow")], 91: [hub_error(500)],
+              110: [ConnectionResetError(104, "reset")] * 6}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Hub(faults, asked))
+    go = lambda: experiment.main(argv(tiny, out_dir=work / "stalled", **settings))
+    refused(capsys, go, 1, "the same command goes on")
+    assert waited == [1, 1, 2, 4, 1, 1, 2, 4, 8, 16] and asked == [90] * 3 + [91] + [110] * 5 and not (work / "stalled").exists()
+    del waited[:], asked[:]
+    assert go() == 0 and asked == [110] and not waited
+    rows = experiment.load_rows(config(tiny, **settings), tokenizer, "train")
+    assert np.array_equal(rows.tokens, one_shot(config(tiny), tokenizer)["train"][0])
+
+
+def test_what_waiting_cannot_mend_is_refused_at_once(work, tiny, monkeypatch, capsys, unscored):
+    import datasets
+    monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("it waited"))
+    go = lambda: experiment.main(argv(tiny, out_dir=work / "no_hub_text", dataset="someone/closed", cache_dir=work / "closed_cache"))
+    closed = datasets.exceptions.DatasetNotFoundError("Dataset 'someone/closed' is a gated dataset on the Hub. You must be authenticated")
+    for error, words in ((closed, "hf auth login"), (closed, "is a gated dataset"), (hub_error(403, "GatedRepoError"), "hf auth login"),
+                         (hub_error(404), "404"), (FileNotFoundError("no such file"), "local"), (PermissionError(13, "no"), "local")):
+        def load(*a, **k):
+            raise error
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        refused(capsys, go, 2, words)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Hub({10: [error] * 9}, []))
+        refused(capsys, go, 2, words)
+
+
+def test_a_data_set_of_code_is_read_from_its_parquet_copy(tiny, monkeypatch):
+    import datasets
+    asked = []
+
+    def load(*names, **options):
+        asked.append(options.get("revision"))
+        if not options.get("revision"):
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+        return Hub({}, [])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert next(experiment.documents(config(tiny, dataset="Skylion007/openwebtext"))) == story(0)
+    assert asked == [None, "refs/convert/parquet"]
+
+
+# -- a harvest that no disk holds ----------------------------------------------------------------------------
+
+STREAMED = dict(cache_gb=1e-9, buffer_gb=2 * 24 * 32 * (WIDTH * 4 + 4) / 1e9)  # two halves of 24 rows
+
+
+def test_a_streamed_harvest_serves_every_chunk_once_a_pass(tiny):
+    """64 rows in halves of 24: passes do not end where halves do."""
+    cfg = config(tiny, harvest_tokens=64 * 32, **STREAMED)
+    cached, streamed = (experiment.load_harvest(c, experiment.Stop()) for c in (config(tiny, harvest_tokens=64 * 32), cfg))
+    assert isinstance(streamed.acts, experiment.Stream) and streamed.acts.half_rows == 24
+    assert torch.equal(cached.mean, streamed.mean) and cached.scale == streamed.scale and cached.rho == streamed.rho
+    chunks = torch.from_numpy(np.array(cached.acts)).view(256, 8, WIDTH) * cached.scale
+    where, served = {chunk.numpy().tobytes(): i for i, chunk in enumerate(chunks)}, []
+    for step in range(27):  # 9 generations of 24 rows of 4 chunks, 32 chunks a step
+        x, mask, n_valid = experiment.batch(streamed, cfg, 0, step)
+        ids = [where[chunk.numpy().tobytes()] for chunk in x.view(32, 8, WIDTH)]  # KeyError: a chunk that is not whole
+        assert np.array_equal(mask, cached.mask.reshape(256, 8)[ids]) and n_valid == (mask > 0).sum()
+        assert step < 3 or len({i // 96 for i in ids}) > 1, "a batch mixes two halves"
+        served += ids
+    left = lambda half, part: ((half * 96 + np.random.default_rng([0, half]).permutation(96)[part]) % 256).tolist()
+    served += left(0, slice(48)) + left(9, slice(48, None))  # A_0, which no generation has, and B_9, which is yet to come
+    visits = np.arange(10 * 96) % 256  # ten halves, one after the other
+    assert sorted(served) == sorted(visits.tolist())
+    again = experiment.load_harvest(cfg, experiment.Stop())
+    assert torch.equal(experiment.batch(again, cfg, 0, 26)[0], x), "a batch depends on seed and step alone"
+    assert not torch.equal(experiment.batch(again, cfg, 1, 26)[0], x)
+
+
+@pytest.fixture(scope="session")
+def streamed(work, tiny):
+    """The base run's command, streamed."""
+    assert experiment.main(argv(tiny, out_dir=work / "streamed", cache_dir=work / "streamed_cache", **STREAMED)) == 0
+    return work / "streamed"
+
+
+def test_a_streamed_run_is_as_good_as_a_cached_one(work, base, streamed):
+    ours, theirs = (next(iter(read(run / "final_info.json").values()))["means"] for run in (streamed, base))
+    assert not list((work / "streamed_cache").rglob("acts.npy")), "activations were written"
+    for name, error in (("explained_variance", .05), ("cossim", .05), ("ce_loss_score", .1)):
+        assert ours[name] == pytest.approx(theirs[name], abs=error), name
+    assert ours["l0"] == pytest.approx(theirs["l0"], rel=.1)
+    x = load_file(streamed / "seed_0" / "reference.safetensors")["x"]
+    assert torch.equal(x, load_file(base / "seed_0" / "reference.safetensors")["x"])
+
+
+@pytest.mark.parametrize("name, call, step", [("residuals", 32 + 6 + 2, 3), ("batch", 8, 8)], ids=["in a refill", "in a step"])
+def test_a_streamed_run_resumes_exactly(work, tiny, streamed, name, call, step, monkeypatch, unscored):
+    out = work / f"streamed_{name}"
+    settings = argv(tiny, out_dir=out, cache_dir=work / "streamed_cache", **STREAMED)
+    with monkeypatch.context() as m:  # 32 forwards for the sample, 3 for each half
+        interrupt_at(m, experiment, name, [call])
+        assert experiment.main(settings) == 130
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == step
+    with monkeypatch.context() as m:
+        again = interrupt_at(m, experiment, "residuals", [])
+        assert experiment.main(settings + ["--resume"]) == 0
+    assert same_weights(out, streamed) and log_lines(out) == log_lines(streamed)
+    assert again[0] == 32 + 3 * (15 - step // 3), "the sample, two halves, and those to come"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # D. Losses and the training step
 # ------------------------------------------------------------------------------------------------------------
@@ -1207,6 +1389,8 @@ BAD_SETTINGS = {
     "acts missing": (dict(acts="{bad}/missing.npy"), "no such file"), "resume and overwrite": (dict(resume=True, overwrite=True), "exclude"),
     "resume nothing": (dict(resume=True), "no run"), "out_dir is a file": (dict(out_dir="{bad}/file"), "{bad}/file"), "out_dir of nothing": (dict(out_dir=""), "--out_dir"),
     "out_dir is runs itself": (dict(out_dir=".", overwrite=True), "--out_dir"), "out_dir is the repository": (dict(out_dir="..", overwrite=True), "--out_dir"),
+    "no cache": (dict(cache_gb=0), "--cache_gb"), "buffer nan": (dict(buffer_gb="nan"), "--buffer_gb"),
+    "reconstruction rows negative": (dict(reconstruction_rows=-1), "--reconstruction_rows"),
     "out_dir is no run": (dict(out_dir="{bad}/not_a_run"), "not_a_run"), "overwrite what is no run": (dict(out_dir="{bad}/not_a_run", overwrite=True), "not_a_run"),
 }
 # refused once the data have been looked at: (settings, exit code, words of the answer)
@@ -1220,6 +1404,7 @@ BAD_DATA = {
     "lines of lists": (dict(dataset="{bad}/lists.jsonl"), 2, "--text_field"), "lines of bytes": (dict(dataset="{bad}/bytes.jsonl"), 2, "--dataset"),
     "no such column": (dict(text_field="body"), 2, "--text_field"), "parquet broken": (dict(dataset="{bad}/broken.parquet"), 2, "--dataset"),
     "table of another kind": (dict(dataset="{bad}/data.csv"), 2, "--dataset"), "folder empty": (dict(dataset="{bad}/folder"), 2, "--dataset"),
+    "buffer too small": (dict(cache_gb=1e-9, buffer_gb=1e-9), 2, "--buffer_gb"),
     "acts of rank 2": (dict(acts="{bad}/rank2.npy"), 2, "(N,T,d_in)"), "acts whole numbers": (dict(acts="{bad}/int.npy"), 2, "float32"),
     "acts float64": (dict(acts="{bad}/float64.npy"), 2, "float32"), "acts with NaN": (dict(acts="{bad}/nan.npy"), 2, "NaN"),
     "acts with infinity": (dict(acts="{bad}/inf.npy"), 2, "infinity"), "acts too few": (dict(acts="{bad}/few.npy"), 2, "4 rows"),
