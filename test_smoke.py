@@ -2127,11 +2127,23 @@ def test_the_numbers_of_readme_and_notes_are_those_of_the_records():
             assert agrees(mean, scores[run]["means"][key]) and agrees(error, scores[run]["stderrs"][key]), (run, key)
         a, b = (np.array(scores[run]["final_info_dict"][key]) for run in ("run_0", "run_6"))
         assert agrees(change, (b / a if times else b - a).mean()), (key, change)
-    sections = re.split(r"^## Run (\d+)", (HERE / "notes.txt").read_text(), flags=re.M)
+    notes = (HERE / "notes.txt").read_text()
+    sections = re.split(r"^## (Run \d+|Rival \w+):", notes, flags=re.M)
     checked = 0
     for number, text in zip(sections[1::2], sections[2::2]):
         for key, mean, error in re.findall(r"^- (\w+): ([\d.-]+) ± ([\d.]+)$", text.partition("Analysis:")[0], re.M):
-            means, errors = scores[f"run_{number}"]["means"], scores[f"run_{number}"]["stderrs"]
+            run = number.lower().replace("run ", "run_").removeprefix("rival ")
+            means, errors = scores[run]["means"], scores[run]["stderrs"]
             assert agrees(mean, means[key]) and agrees(error, errors[key]), (number, key, mean)
             checked += 1
-    assert checked >= 7 * 16
+    assert checked >= 9 * 16
+    grid = re.findall(r"^(\w+) w(\d+) (\S+) +([+-][\d.]+) ± ([\d.]+) +([\d.]+) ± ([\d.]+)", notes, re.M)
+    assert len(grid) >= 25
+    for loss, window, alpha, *numbers in grid:
+        ours, base = (scores[run]["final_info_dict"] for run in (f"grid_{loss}_w{window}_a{alpha}", "grid_base"))
+        cost = np.array(ours["explained_variance"]) - np.array(base["explained_variance"])
+        gain = np.array(ours["autocorr_1"]) / np.array(base["autocorr_1"])
+        for number, values in zip(numbers[::2], (cost, gain)):
+            assert agrees(number, values.mean()), (loss, window, alpha, number, values)
+        for number, values in zip(numbers[1::2], (cost, gain)):
+            assert agrees(number, values.std(ddof=1) / len(values) ** 0.5), (loss, window, alpha, number)
