@@ -53,7 +53,8 @@ from evaluate import write_json
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun: which process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # this is, and of how many
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a stalled stream of text is taken up again
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
@@ -478,7 +479,7 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
         token = torch.arange(n, device=x.device).repeat_interleave(sae.k)
         latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
     elif x.is_cuda:  # nonzero would wait for the GPU; a global top-k is fast there and of fixed size
-        most = keep if WORLD == 1 else min(keep, 2 * keep // WORLD)  # of many processes none is expected to hold twice its share
+        most = min(keep, 2 * keep // WORLD)  # of many processes none is expected to hold twice its share
         flat = dense.masked_fill(~mask[:, None], -torch.inf).flatten().topk(most, sorted=False).indices.sort().values
         token, latent = flat // sae.d_sae, flat % sae.d_sae
     else:  # a global top-k costs three times the matmul here; counting above a hint costs a tenth
@@ -505,11 +506,12 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
 
 
 class Ends(NamedTuple):
-    """What a temporal loss sees: pairs of tokens less than `window` apart, and of each the latents active at one end at least.
+    """What a temporal loss sees: pairs of tokens less than `window` apart, and of each the latents active at one end at
+    least. The others would add nothing.
 
-    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half of
-    it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance (n_latents,): of
-    the codes, a constant to the gradient. 3 of 100 pairs of token and latent are listed: all else would add nothing."""
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half
+    of it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance
+    (n_latents,): of the codes, a constant to the gradient."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -521,7 +523,8 @@ class Ends(NamedTuple):
     def mean(self, values):
         """values (M,) -> (n_latents,): for each latent the mean over all pairs of tokens.
 
-        >>> two = Ends(torch.tensor([1., 3.]), torch.tensor([3., 3.]), torch.tensor([0, 0]), torch.full((2,), 0.5), torch.ones(1), 2)
+        >>> a, b, latent, half = torch.tensor([1., 3.]), torch.tensor([3., 3.]), torch.tensor([0, 0]), torch.full((2,), 0.5)
+        >>> two = Ends(a, b, latent, half, torch.ones(1), 2)
         >>> two.mean((two.a - two.b).square())       # pairs (1,3), (3,3): (4 + 0) / 2
         tensor([2.])
         """
@@ -535,7 +538,8 @@ class Ends(NamedTuple):
 def sqdiff_loss(ends):
     """Mean over the pairs in a sliding window of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
 
-    >>> sqdiff_loss(Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2))   # (1-3)^2
+    >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2)
+    >>> sqdiff_loss(one)       # (1 - 3)^2
     tensor(4.)
     """
     return ends.moments()[0].sum()
@@ -545,7 +549,8 @@ def variance_loss(ends):
     """Variance inside the window over mean square, sum_i E[Var_win z_i] / sum_i E[z_i^2]: blind to scale.
 
     Var of a window of w is (w-1)/w times half the mean squared difference of its pairs.
-    >>> variance_loss(Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2))   # 1 / 5
+    >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2)
+    >>> variance_loss(one)     # 1 / 5
     tensor(0.2000)
     """
     difference, power = ends.moments()
@@ -556,7 +561,8 @@ def autocorr_loss(ends):
     """1 - autocorrelation, sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
 
     The variance is a constant to the gradient: otherwise growing it would be the cheapest way down.
-    >>> autocorr_loss(Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.tensor([5.]), 2))   # 4 / (2*5)
+    >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.tensor([5.]), 2)
+    >>> autocorr_loss(one)     # 4 / (2 * 5)
     tensor(0.4000)
     """
     return ends.moments()[0].sum() / (2 * ends.variance.sum().clamp(min=1e-8))
@@ -584,7 +590,7 @@ def neighbours(z, mask, lag):
 def infonce_loss(z, mask, temperature, cosine=True):
     """Symmetric InfoNCE: z_t must be told from all other tokens' codes by its neighbour z_{t+1} (Bhalla et al. 2025).
 
-    z (N,T,F) codes, mask (N,T): see `neighbours`. Other tokens of its own document count as strangers, as in the paper's batch.
+    z (N,T,F) codes, mask (N,T): see `neighbours`. Other tokens of its own document count as strangers.
     cosine: of cosines over the temperature (their paper, at 1); else of raw inner products (their released code).
     >>> infonce_loss(torch.eye(2).repeat_interleave(2, 0).view(2, 2, 2), torch.ones(2, 2).int(), 1.0)  # log(1 + 1/e)
     tensor(0.3133)
@@ -609,7 +615,7 @@ WINDOW_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": a
 
 
 def say(text):
-    """A line for the person who waits, on stderr, above a progress bar if there is one. Of many processes the first says it."""
+    """A line for the person who waits, on stderr, above a progress bar if there is one; of many processes the first's."""
     if RANK == 0:
         tqdm.write(text, file=sys.stderr)
 
@@ -1425,7 +1431,8 @@ class Trainer:
         """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample)."""
         cfg, mask = self.cfg, mask[: self.cfg.temp_chunks // WORLD]
         if cfg.temp_loss.startswith("infonce"):
-            return infonce_loss(*self.dense_codes(x, bias, acts, pairs, mask, step), cfg.temperature, cfg.temp_loss == "infonce")
+            codes, mask = self.dense_codes(x, bias, acts, pairs, mask, step)
+            return infonce_loss(codes, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
         ends, covariance = self.ends(x, bias, acts, pairs, mask, step)
         if cfg.temp_loss == "selective":
             moments = ends.moments()
@@ -1435,8 +1442,8 @@ class Trainer:
     def ends(self, x, bias, acts, pairs, mask, step):
         """-> (Ends of the sample's tokens, lag-1 covariance of the codes (n_bound,)).
 
-        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part, with a
-        gradient of its own, also where it lost the selection. All of it is sparse."""
+        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part,
+        with a gradient of its own, also where it lost the selection. All of it is sparse."""
         cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
         if pairs is None:
             token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
@@ -1445,9 +1452,10 @@ class Trainer:
             m = min(len(acts), 2 * sae.k * n) if x.is_cuda else int(pairs.token_ptr[n])
             token, latent, here = pairs.token[:m], pairs.latent[:m], acts[:m]
         bound = ((token < n) & (latent < self.n_bound)).float()
-        token = token.clamp(max=n - 1)
-        where = torch.zeros(n * d_sae, dtype=torch.long, device=x.device)  # 1 + the place of a (token, latent) among the selected
-        where[token * d_sae + latent] = torch.arange(1, len(token) + 1, device=x.device)
+        # 1 + where a (token, latent) stands among the selected, 0 if it does not; what is beyond the sample goes into row n
+        where = torch.zeros((n + 1) * d_sae, dtype=torch.long, device=x.device)
+        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, device=x.device)
+        token, bound_latent = token.clamp(max=n - 1), latent.clamp(max=self.n_bound - 1)
 
         order, docs = self.reorder(mask, step)
         beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
@@ -1461,17 +1469,17 @@ class Trainer:
         there = there * both if cfg.temp_codes == "post" else there
         count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
         weight = ok[:, token] * bound * (1 - both.float() / 2) / count
-        latent = latent.clamp(max=self.n_bound - 1)
 
         # moments of the codes themselves, in the true order also in the controls
-        codes = here.detach() * bound * (mask.flatten() > 0)[token]
         after, ok = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
-        at = where[after[token] * d_sae + latent]
+        at, codes = where[after[token] * d_sae + latent], here.detach() * bound
         sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * ok[token]])
-        sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, latent, sums)
-        mean, square, product = agreed(sums) / agreed(torch.stack([(mask > 0).sum(), (mask > 0).sum(), ok.sum()])).clamp(min=1)[:, None]
-        here = here.expand(len(other), -1).flatten()
-        return Ends(here, there.flatten(), latent.repeat(len(other)), weight.flatten(), square - mean.square(), cfg.window), product - mean.square()
+        sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, bound_latent, sums)
+        n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), ok.sum()])).clamp(min=1)
+        mean, square, product = agreed(sums) / torch.stack([n_valid, n_valid, n_pairs])[:, None]
+        ends = Ends(here.expand(len(other), -1).flatten(), there.flatten(), bound_latent.repeat(len(other)), weight.flatten(),
+                    square - mean.square(), cfg.window)
+        return ends, product - mean.square()
 
     def dense_codes(self, x, bias, acts, pairs, mask, step):
         """Codes (N,T,n_bound) of the sample and its mask (N,T), for losses that compare whole tokens. Of many processes each
@@ -1690,7 +1698,8 @@ def restore(run_dir, trainer, seed):
             trainer.load(state)
             first = state["step"]
     except Exception as e:  # torch raises many kinds for a damaged or malicious file
-        raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); --overwrite starts again") from None
+        raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); "
+                           "--overwrite starts again") from None
     if RANK == 0 and log.exists():
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may tear the last one
         lines = [line for line in lines if (at := json.loads(line))["seed"] != seed or at["step"] < first]
@@ -1884,7 +1893,7 @@ def parse(argv):
 
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 run failed, 2 bad usage, 130/143 stopped by a signal."""
-    stop, debug = Stop(), "--debug" in (argv or sys.argv)
+    stop, cfg = Stop(), None
     try:
         cfg = parse(argv)
         check(cfg)
@@ -1905,7 +1914,7 @@ def main(argv=None):
         say("stopped; go on with the same command" + (" and --resume" if (cfg.run_dir / "config.json").exists() else ""))
         return 128 + e.args[0]
     except Exception as e:  # whatever went wrong, the user gets one sentence; --debug shows the traceback
-        if debug:
+        if cfg and cfg.debug:
             traceback.print_exc()
         memory = isinstance(e, MemoryError) or "memory" in str(e).lower()
         knobs = "; lower --batch_size, --d_sae, --context_size or --buffer_gb" if memory else ""

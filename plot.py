@@ -244,7 +244,7 @@ def frontier(runs):
             style = {"color": colour, "marker": marker, "markersize": 7}
             drawn = ax.errorbar(x, y, dy, dx, **style, linestyle=line, label=label, capsize=2, zorder=2.5)
             keys.setdefault((colour, marker), drawn)
-            numbers += [(run.config["temp_alpha"], place) for run, *place in zip(points, x, y) if line != "none"]
+            numbers += [(run.config["temp_alpha"], colour, place) for run, *place in zip(points, x, y) if line != "none"]
             for run, *place in zip(points, x, y):
                 if abs(run.scores["l0"].mean() / run.config["k"] - 1) > 0.01:
                     print(f"frontier.png: the L0 of {run.name} is {run.scores['l0'].mean():.2f}: hollow")
@@ -252,10 +252,10 @@ def frontier(runs):
                                      label="hollow: L0 is further off")
         ax.autoscale_view()
         taken = []  # pixels: weak coefficients leave runs beside the baseline, where not all numbers have room
-        for alpha, place in sorted(numbers, key=lambda number: number[1][1]):
+        for alpha, colour, place in sorted(numbers, key=lambda number: -number[2][0]):  # from the right
             x, y = ax.transData.transform(place)
-            if all(abs(x - u) > 26 or abs(y - v) > 9 for u, v in taken):
-                ax.annotate(f"{alpha:g}", place, (6, 3), textcoords="offset points", fontsize=8.5,
+            if all(abs(x - u) > 35 or abs(y - v) > 9 for u, v in taken):
+                ax.annotate(f"{alpha:g}", place, (6, 3), textcoords="offset points", fontsize=8.5, color=colour,
                             path_effects=[withStroke(linewidth=1.5, foreground="white")])
             taken.append((x, y))
         budget = f"{panel[0].config['train_tokens'] / 1e6:g} M tokens"
