@@ -907,7 +907,7 @@ def trainer_at(tiny, T=8, d_sae=60, **changes):
     mask = torch.arange(1, 33, dtype=torch.int32)[:, None].repeat(1, T)
     mask[0, 3], mask[1, 5:], mask[4] = 0, 40, 0
     trainer = experiment.Trainer(cfg, sae, 20.0, .3)
-    acts, pairs, _ = trainer.forward(x, sae.b_enc, mask, int((mask > 0).sum()))
+    acts, pairs, *_ = trainer.forward(x, sae.b_enc, mask, int((mask > 0).sum()))
     dense = torch.zeros(32 * T, d_sae).index_put((pairs.token, pairs.latent), acts.detach()).view(32, T, d_sae)
     return trainer, (x, sae.b_enc, acts, pairs, mask), torch.relu(x @ sae.W_enc).detach().view(32, T, d_sae), dense
 
@@ -1377,7 +1377,7 @@ BAD_SETTINGS = {
     "context beyond the model": (dict(context_size=128), "64"), "lr zero": (dict(lr=0), "--lr"), "lr negative": (dict(lr=-1), "--lr"),
     "lr nan": (dict(lr="nan"), "--lr"), "lr infinite": (dict(lr="inf"), "--lr"), "temp_alpha negative": (dict(temp_alpha=-.1), "--temp_alpha"),
     "temp_alpha nan": (dict(temp_alpha="nan"), "--temp_alpha"), "temporal_fraction zero": (dict(temporal_fraction=0), "--temporal_fraction"),
-    "temporal_fraction above one": (dict(temporal_fraction=1.5), "--temporal_fraction"), "unknown sparsity": (dict(sparsity="relu"), "batchtopk"),
+    "temporal_fraction above one": (dict(temporal_fraction=1.5), "--temporal_fraction"), "unknown sparsity": (dict(sparsity="relu"), "batchtopk"), "l1 with gelu": (dict(sparsity="l1", nonlinearity="gelu"), "relu"),
     "unknown loss": (dict(temp_loss="magic"), "sqdiff"), "unknown nonlinearity": (dict(nonlinearity="swish"), "gelu"), "unknown init": (dict(init="zeros"), "xavier"),
     "unknown schedule": (dict(schedule="step"), "cosine"), "unknown dtype": (dict(dtype="float64"), "bfloat16"), "unknown device": (dict(device="abacus"), "--device"),
     "flag with a value": (dict(layernorm="yes"), "yes"), "no seeds": (dict(n_seeds=0), "--n_seeds"), "seed negative": (dict(seed=-1), "--seed"),
