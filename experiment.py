@@ -57,7 +57,7 @@ if platform.libc_ver()[0] == "glibc":  # keep what a step frees: to get it from 
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun: which process
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # this is, and of how many
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # this is, and of how many
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a stalled stream of text is taken up again
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
@@ -321,7 +321,7 @@ def join(device):
     """Meet the other processes that torchrun started: gloo for what is on the host, nccl for what is on a GPU."""
     if WORLD > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one harvests while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one may be busy with its disk
 
 
 def agreed(tensor):
@@ -1185,41 +1185,64 @@ def tokens_hash(tokens):
     return digest.hexdigest()
 
 
-def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
+def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None, together=False):
     """tokens (N,T) -> resid_post (N,T,d_in) at the hooked layer, memory-mapped: float32, or uint16 that holds bfloat16.
 
     batch_rows rows go through the LM at a time (the last bits depend on it). Goes on where it was cut, if `stop` said
-    so; the LM is loaded only for what the cache does not hold."""
+    so; the LM is loaded only for what the cache does not hold. together: all processes of this machine are here and share
+    the work."""
     config, device = load_tokenizer(cfg)[0], torch.device(pick_device(cfg.device)).type
     (d_in, dtype, store), revision = storage(config, cfg), getattr(config, "_commit_hash", None) or version(cfg.model)
     key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=device, layer=cfg.layer,
                     rows=tokens_hash(tokens), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
     folder = cache_root(cfg) / f"acts-{key}"
-    shape, progress = (*tokens.shape, d_in), folder / "progress"
-    with making(folder) as todo, stop.deferred() if stop else contextlib.nullcontext():
-        if todo:
-            need, free = math.prod(shape) * store.itemsize, shutil.disk_usage(folder).free
-            done = int(progress.read_text()) if progress.exists() else 0
-            if not done and need > free:
-                raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
-                                   "lower --harvest_tokens or --cache_gb, or move --cache_dir")
-            if not done:  # reserve the disk: writing into a hole of a full one would kill the process
-                np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
-                with open(folder / "acts.npy", "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
-            acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
-            load_lm(cfg)  # what it has to complain about comes before the bar
-            with tqdm(total=tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True,
-                      mininterval=1) as bar:
-                for i in range(done, len(tokens), batch_rows):
-                    block = harvested(cfg, tokens[i : i + batch_rows])
-                    acts[i : i + batch_rows] = block
-                    bar.update(block[..., 0].size)
-                    if i % 1024 == 0 or i + batch_rows >= len(tokens) or stop and stop.signal:
-                        acts.flush(), release(acts), release(tokens)
-                        replace(progress, str(i + len(block)))
-                        stop and stop.check()
+    shape, progress, batches = (*tokens.shape, d_in), folder / "progress", -(-len(tokens) // batch_rows)
+    share = slice(LOCAL_RANK, None, LOCAL_WORLD) if together else slice(None)
+    with stop.deferred() if stop else contextlib.nullcontext():
+        while together and LOCAL_RANK > 0 and damage(folder) != "":  # the first process opens and seals the cache
+            if progress.exists():
+                harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
+            stop.check(), time.sleep(0.2)
+        with making(folder) as todo:
+            if todo:
+                need, free = math.prod(shape) * store.itemsize, shutil.disk_usage(folder).free
+                if not progress.exists() or progress.stat().st_size != batches:
+                    if need > free:
+                        raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
+                                           "lower --harvest_tokens or --cache_gb, or move --cache_dir")
+                    # reserve the disk: writing into a hole of a full one would kill the process
+                    np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
+                    with open(folder / "acts.npy", "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
+                    load_lm(cfg)  # what it has to complain about comes before the bar
+                    replace(progress, "-" * batches)
+                harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
+                while "-" in progress.read_text():  # the others' share
+                    stop.check(), time.sleep(0.2)
     return np.load(folder / "acts.npy", mmap_mode="r")
+
+
+def harvest_batches(cfg, tokens, batch_rows, folder, share, stop):
+    """Fill in what is missing of this process's share (a slice of all batches) of acts.npy. `progress` has a letter for
+    each batch, which becomes x when the batch is on the disk."""
+    with open(folder / "progress", "r+b", buffering=0) as progress:
+        todo = [i for i, letter in list(enumerate(progress.read().decode()))[share] if letter == "-"]
+        if not todo:
+            return
+        load_lm(cfg)
+        acts, written = np.lib.format.open_memmap(folder / "acts.npy", "r+"), []
+        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1,
+                  disable=RANK > 0) as bar:
+            for i in todo:
+                block = harvested(cfg, tokens[i * batch_rows : (i + 1) * batch_rows])
+                acts[i * batch_rows : (i + 1) * batch_rows] = block
+                bar.update(block[..., 0].size), written.append(i)
+                if len(written) == 128 or i == todo[-1] or stop and stop.signal:
+                    acts.flush(), release(acts), release(tokens)
+                    for i in written:
+                        os.pwrite(progress.fileno(), b"x", i)
+                    os.fsync(progress.fileno()), written.clear()
+                    stop and stop.check()
 
 
 class Stream:
@@ -1264,15 +1287,19 @@ class Stream:
             self.acts = np.empty((2, self.half_rows, *self.shape[1:]), self.store)
             self.mask = np.empty((2, self.half_rows, self.shape[1]), np.int32)
         self.held[slot] = None
-        bar = tqdm(range(0, self.half_rows, HARVEST_ROWS), desc="refill", unit="batch", leave=False)
+        bar = tqdm(range(0, self.half_rows, WORLD * HARVEST_ROWS), desc="refill", unit="batch", leave=False, disable=RANK > 0)
         with contextlib.closing(bar):
-            for i in bar:
+            for i in bar:  # each process its batch; then all have all of them
                 self.stop.check()
-                rows = (first + np.arange(i, i + HARVEST_ROWS)) % len(self)
-                block = self.acts[slot, i : i + HARVEST_ROWS] = harvested(self.cfg, self.rows.tokens[rows])
+                own = min(i + RANK * HARVEST_ROWS, self.half_rows - HARVEST_ROWS)  # beyond the end: computed in vain
+                block = harvested(self.cfg, self.rows.tokens[(first + np.arange(own, own + HARVEST_ROWS)) % len(self)])
+                blocks = interleaved(torch.from_numpy(block.view(np.uint8))[None]).flatten(0, 1)[: self.half_rows - i]
+                here = slice(i, i + len(blocks))
+                block = self.acts[slot, here] = blocks.numpy().view(self.store)
+                rows = (first + np.arange(here.start, here.stop)) % len(self)
                 mask = (self.rows.doc_id[rows] + 1) * self.rows.valid[rows]
                 sinks = as_float(block).norm(dim=-1).numpy() > self.limit
-                self.mask[slot, i : i + HARVEST_ROWS] = np.where(sinks, 0, mask)
+                self.mask[slot, here] = np.where(sinks, 0, mask)
                 self.sinks += int((sinks & (mask > 0)).sum())
         self.held[slot] = first % len(self)
         for a in self.rows[:3]:
@@ -1332,7 +1359,7 @@ def load_harvest(cfg, stop):
         rows = load_rows(cfg, tokenizer, "train")
         _, doc_id, valid, _ = rows
         cached = fits_cache(cfg, config, rows.tokens)
-        acts = cached_residuals(cfg, rows.tokens, stop=stop) if cached else Stream(cfg, config, rows, stop)
+        acts = cached_residuals(cfg, rows.tokens, stop=stop, together=True) if cached else Stream(cfg, config, rows, stop)
     N, T, d_in = acts.shape
     sample = np.linspace(0, N - 1, min(512, N)).astype(int)
     sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
@@ -1877,7 +1904,7 @@ def claim(cfg):
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. Returns the contents of final_info.json."""
     run_dir, seeds = cfg.run_dir, range(cfg.seed, cfg.seed + cfg.n_seeds)
-    if RANK > 0:  # the first process writes and scores; the others wait for its harvest and train with it
+    if RANK > 0:  # the first process writes and scores; the others harvest and train with it
         todo = shared(None)
         harvest = load_harvest(cfg, stop) if todo else None
         for seed in todo:
@@ -1889,10 +1916,10 @@ def run(cfg, stop):
         try:
             # a seed is done when its cfg.json is there; what is in the way goes only when there is something to train on
             todo = [s for s in seeds if not (cfg.resume and (run_dir / f"seed_{s}" / "cfg.json").exists())]
+            shared(todo)
             harvest = load_harvest(cfg, stop) if todo else None
             if not cfg.resume:
                 claim(cfg)
-            shared(todo)
             for seed in todo:
                 sae = train(cfg, seed, harvest, stop)
                 acts, mask = (a[0] for a in harvest.sample)

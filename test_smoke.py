@@ -1582,7 +1582,8 @@ def child(words, report, how=None):
     how = how or {}
     os.environ.update(how.get("environ", {}))
     if "WORLD_SIZE" in os.environ:  # read at import, which has been
-        experiment.RANK, experiment.WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        for name, variable in (("RANK", "RANK"), ("WORLD", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_RANK"), ("LOCAL_WORLD", "LOCAL_WORLD_SIZE")):
+            setattr(experiment, name, int(os.environ[variable]))
     if "memory" in how:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + how["memory"],) * 2)
@@ -1590,7 +1591,13 @@ def child(words, report, how=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (how["file_size"],) * 2)
     if "stuck" in how:
         experiment.batch = lambda *a: (print("stuck", flush=True), time.sleep(60))
+    if "counted" in how:
+        forwards, real = [], experiment.residuals
+        experiment.residuals = lambda *a: forwards.append(1) or real(*a)
+        evaluate.evaluate_run = lambda *a: {"": {"means": {}}}  # of training alone
     code = experiment.main(words)
+    if "counted" in how:
+        print(f"forwards {len(forwards)}")
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
@@ -1669,8 +1676,8 @@ def ranks(processes, words, report, world=2, **how):
     """What torchrun does: `world` processes that know of each other."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environ = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port)}
+    environ = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [processes(words, report, environ=environ(rank), **how) for rank in range(world)]
 
 
@@ -1695,6 +1702,29 @@ def test_two_processes_train_the_weights_of_one(work, tiny, acts_file, processes
     for a, b in zip(single, double):
         assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6) for key in a), (a, b)
     assert said(report).count("run directory:") == 2, "the first process alone speaks"  # at the start and at the end
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["cached", "streamed"])
+def test_two_processes_share_out_the_harvest(work, tiny, processes, kept):
+    """Each has half of the language model's work, and the activations are those that one process harvests."""
+    short, made = dict(train_tokens=256 * 20, lr=1e-3, **({} if kept else STREAMED)), {}
+    for world in (1, 2):
+        where = work / f"shared_{kept}_{world}"
+        report = where.with_suffix(".txt")
+        started = ranks(processes, argv(tiny, out_dir=where / "run", cache_dir=where / "cache", **short), report, world, counted=True)
+        [process.join(120) for process in started]
+        assert [process.exitcode for process in started] == [0] * world, said(report)[-900:]
+        forwards = [int(n) for n in re.findall(r"forwards (\d+)", said(report))]
+        made[world] = forwards, load_file(where / "run" / "seed_0" / "sae_weights.safetensors")
+        if kept:
+            made[world] += (np.load(next((where / "cache").glob("acts-*/acts.npy"))),)
+    one, two = made[1], made[2]
+    alone = one[0][0]  # 32 batches; streamed 32 for a sample, which each makes for itself, and 3 for each half of the buffer:
+    assert two[0] == ([16, 16] if kept else [32 + (alone - 32) // 3 * 2] * 2)  # of two processes the third pair is half in vain
+    assert alone >= (32 if kept else 41)
+    assert all(torch.allclose(one[1][name], two[1][name], rtol=0, atol=1e-5) for name in one[1])
+    if kept:
+        assert np.array_equal(one[2], two[2])
 
 
 def test_processes_stop_together_and_go_on(work, tiny, baseline, processes):
