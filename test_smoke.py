@@ -874,8 +874,10 @@ def test_the_examples_in_the_docstrings_hold():
     assert result.attempted >= 3 and result.failed == 0
 
 
-def temporal_by_hand(name, z, active, mask, window, temperature=.1, flicker=None, weight=None):
+def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean=None, flicker=None, weight=None,
+                     codes=None):
     """The temporal losses as loops over pairs of tokens. z, active (N,T,F), mask (N,T): the document of a token, 0 = none."""
+    codes = z * active if codes is None else codes
     N, T = mask.shape
     pairs = [(n, s, t) for n in range(N) for s in range(T) for t in range(s + 1, min(s + window, T)) if mask[n, s] == mask[n, t] > 0]
     valid = [(n, t) for n in range(N) for t in range(T) if mask[n, t] > 0]
@@ -891,9 +893,10 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, flicker=None
     if name == "variance":
         return (window - 1) / window * difference.sum() / power.sum()
     if name == "autocorr":
-        return difference.sum() / (2 * torch.stack([z[n, t] * active[n, t] for n, t in valid]).var(0, correction=0).sum().detach())
+        return difference.sum() / (2 * torch.stack([codes[n, t] for n, t in valid]).var(0, correction=0).sum().detach())
     if name == "selective":
-        return (weight * (difference - flicker * power)).sum() / 2
+        mean = sum((z[n, s] + z[n, t]) / 2 * (active[n, s] | active[n, t]) for n, s, t in pairs) / len(pairs)
+        return (weight * (difference - flicker * (power - 2 * running_mean * (2 * mean - running_mean)))).sum() / 2
     return difference.sum()
 
 
@@ -912,14 +915,18 @@ def trainer_at(tiny, T=8, d_sae=60, **changes):
     return trainer, (x, sae.b_enc, acts, pairs, mask), torch.relu(x @ sae.W_enc).detach().view(32, T, d_sae), dense
 
 
-@pytest.mark.parametrize("window", [2, 3, 8])
-def test_temporal_losses_equal_loops_and_see_valid_neighbours_only(tiny, window):
+@pytest.mark.parametrize("window, codes_read", [(2, "pre"), (3, "soft"), (8, "post")])
+def test_temporal_losses_equal_loops_and_see_valid_neighbours_only(tiny, window, codes_read):
     for name in [*experiment.WINDOW_LOSSES, "infonce"]:
-        trainer, (x, bias, acts, pairs, mask), pre, codes = trainer_at(tiny, window=window, temp_loss=name, temperature=.1)
+        trainer, (x, bias, acts, pairs, mask), pre, codes = trainer_at(tiny, window=window, temp_loss=name, temperature=.1,
+                                                                       temp_codes=codes_read)
+        if name != "infonce" and codes_read != "pre":
+            least = codes[codes > 0].min()
+            pre = codes if codes_read == "post" else pre * ((pre / least - 1) / .5 + .5).clamp(0, 1)
         some, n = mask[: trainer.cfg.temp_chunks], trainer.cfg.temp_chunks
         active = torch.zeros_like(codes, dtype=torch.bool).index_put((pairs.token // 8, pairs.token % 8, pairs.latent), torch.tensor(True))
         value = trainer.temporal(x, bias, acts, pairs, mask, 20)
-        close(value.item(), temporal_by_hand(name, pre[:n], active[:n], some, window).item())
+        close(value.item(), temporal_by_hand(name, pre[:n], active[:n], some, window, codes=codes[:n]).item())
         assert value > 0
         noise = torch.where((mask > 0).flatten()[:, None], x, 1e3)  # what stands at an invalid position must not matter
         assert torch.equal(trainer.temporal(noise, bias, acts, pairs, mask, 20), value), name
@@ -976,6 +983,10 @@ def dense_step(p, cfg, trainer, x, mask, step, dead, gate):
     some, bound = mask[:cfg.temp_chunks], round(cfg.temporal_fraction * cfg.d_sae)
     z, active = (v[:some.numel(), :bound].view(*some.shape, bound) for v in (torch.relu(pre), chosen))
     z = z * active if cfg.temp_codes == "post" else z
+    if cfg.temp_codes == "soft":  # the batch's threshold; with topk the mean of the tokens' own
+        least = pre.detach().masked_fill(~chosen, torch.inf)
+        threshold = least.min() if cfg.sparsity == "batchtopk" else least.min(1).values.mean()
+        z = z * ((z / threshold - 1) / (2 * cfg.temp_fade) + .5).clamp(0, 1)
     loss = loss + trainer.temp_weight(step) * temporal_by_hand(cfg.temp_loss, z, active, some, cfg.window, cfg.temperature, *gate)
     quarter = len(x) // 4  # AuxK reads a quarter of the batch
     aux, ok = torch.relu(pre[:quarter, dead]), ok[:quarter]
@@ -990,8 +1001,9 @@ def dense_step(p, cfg, trainer, x, mask, step, dead, gate):
 
 
 @pytest.mark.parametrize("sparsity, d_sae, temp_loss, temp_codes", [
-    ("batchtopk", 2304, "selective", "pre"), ("topk", 2304, "variance", "post"), ("l1", 2304, "infonce", "pre"),
-    ("batchtopk", 9216, "sqdiff", "post"), ("topk", 9216, "selective", "pre"), ("batchtopk", 9216, "autocorr", "pre")])
+    ("batchtopk", 2304, "selective", "soft"), ("topk", 2304, "variance", "post"), ("l1", 2304, "infonce", "pre"),
+    ("batchtopk", 9216, "sqdiff", "post"), ("topk", 9216, "selective", "soft"), ("batchtopk", 9216, "autocorr", "pre"),
+    ("batchtopk", 2304, "selective", "pre")])
 def test_the_sparse_step_has_the_gradients_of_the_dense_one(tiny, sparsity, d_sae, temp_loss, temp_codes):
     cfg = config(tiny, sparsity=sparsity, d_sae=d_sae, k=16, temp_loss=temp_loss, temp_alpha=.5, temp_codes=temp_codes, temp_warmup=0,
                  grad_clip=0, batch_size=256, temporal_fraction=.5, window=3, temp_chunks=16)
@@ -1029,7 +1041,7 @@ def test_batchtopk_takes_exactly_the_largest():
     largest = pre.masked_fill(~mask[:, None], -torch.inf).flatten().topk(5 * n).indices
     for last in (0.0, 0.1, 10.0):  # the last step's threshold is a hint: none, a good one, and one too high by far
         sae.threshold.fill_(last)
-        pairs, values, threshold = experiment.select(sae, x, torch.zeros(200), mask, n, torch.float32)
+        pairs, values, threshold, _ = experiment.select(sae, x, torch.zeros(200), mask, n, torch.float32)
         assert sorted((pairs.token * 200 + pairs.latent).tolist()) == sorted(largest.tolist()), f"hint {last}"
         assert torch.allclose(values, pre[pairs.token, pairs.latent]) and threshold == values.min()
 
