@@ -1,17 +1,21 @@
 """Speed: harvest, training step, end to end, each as a ratio to what the machine itself can do in the same minute.
 
-    python bench.py                       # the embedded model; ~5 minutes on 2 cores
+    python bench.py                       # the embedded model; ~8 minutes on 2 cores
     python bench.py --acts acts.npy       # training steps only, on your own (N,d_in) or (N,T,d_in) float32 activations
     python bench.py --truth --temp_alpha 0.12     # not speed: is a dictionary that is known found again? (truth.json)
 
 Absolute rates drift by tens of per cent on a shared machine; ratios taken in interleaved rounds do not. The dense
 roofline is the five matrix products that a dense SAE step cannot do without (encode, decode, and the gradients of the
-codes and of both weights), outputs preallocated, in float32 and in bfloat16. Results: a table, and bench.json.
+codes and of both weights), outputs preallocated, in float32 and in bfloat16. Whole runs of experiment.py, each a process
+of its own with a new harvest, show what it comes to end to end, and that memory does not grow with the tokens. Results: a
+table, and bench.json.
 """
 import argparse
 import json
+import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,12 +36,12 @@ KINDS = ("l1", "topk", "batchtopk", "batchtopk+temporal")
 # ------------------------------------------------------------------------------------------------------------
 
 
-def roofline(d_in, d_sae, dtype):
+def roofline(d_in, d_sae, dtype, device):
     """The five dense products of a step: returns step(acts)."""
-    make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     W_enc, W_dec, acts, error = make(d_in, d_sae), make(d_sae, d_in), make(BATCH, d_sae), make(BATCH, d_in)
     shapes = (BATCH, d_sae), (BATCH, d_in), (d_sae, d_in), (d_in, d_sae)
-    codes, x_hat, d_dec, d_enc = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    codes, x_hat, d_dec, d_enc = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
 
     def step(x):
         x = x.to(dtype)
@@ -139,7 +143,7 @@ def truth(flags, seeds, out, n_rows=3456, steps=1000):
     result = {"flags": flags, "seeds": seeds, "steps": steps, "true_slow_autocorr": corr(slow)}
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/acts.npy", synthetic_acts(n_rows, seed=1)[0])
-        for arm, extra in (("control", ["--temp_alpha", "0"]), ("temporal", flags)):
+        for arm, extra in (("control", [*flags, "--temp_alpha", "0"]), ("temporal", flags)):
             code = experiment.main(["--out_dir", f"{folder}/{arm}", "--acts", f"{folder}/acts.npy", "--d_sae", "256", "--k", "12",
                                     "--train_tokens", str(steps * BATCH), "--lr", "0.02", "--dead_tokens", "40000", "--eval_rows", "64",
                                     "--reconstruction_rows", "1", "--n_seeds", str(seeds), *extra])
@@ -173,9 +177,9 @@ def bench_steps(batches, widths, rounds, device):
     """Rows for every kind at every width: tokens/s and the ratio to both rooflines of that width."""
     rows, d_in = [], batches[0].shape[1]
     for d_sae in widths:
-        contenders = {f"roofline {n}": roofline(d_in, d_sae, getattr(torch, n)) for n in ("float32", "bfloat16")}
+        contenders = {f"roofline {n}": roofline(d_in, d_sae, getattr(torch, n), device) for n in ("float32", "bfloat16")}
         contenders |= {kind: make_step(d_in, d_sae, K, kind, device=device) for kind in KINDS}
-        contenders["batchtopk float32"] = make_step(d_in, d_sae, K, "batchtopk", "float32", device)
+        contenders |= {f"{kind} float32": make_step(d_in, d_sae, K, kind, "float32", device) for kind in ("l1", "batchtopk")}
         for _ in range(12):  # past initialisation: codes, threshold and Adam's state are those of a running training
             for name, step in contenders.items():
                 step(batches[_ % len(batches)]) if "roofline" not in name else None
@@ -184,13 +188,14 @@ def bench_steps(batches, widths, rounds, device):
             rows.append({"part": f"step {name}", "d_sae": d_sae, "tokens_per_s": BATCH / seconds,
                          "ratio_float32": median["roofline float32"] / seconds,
                          "ratio_bfloat16": median["roofline bfloat16"] / seconds, "peak_gb": peak_gb()})
-        rows[-2]["temporal_overhead"] = median["batchtopk+temporal"] / median["batchtopk"] - 1
+            if name == "batchtopk+temporal":
+                rows[-1]["temporal_overhead"] = seconds / median["batchtopk"] - 1
     return rows
 
 
 def bench_harvest(rounds):
     """Our harvest against the bare forward of a model cut off above the hooked block; and activations to train on."""
-    cfg = Config()
+    cfg = Config(device="cpu")
     model, tokenizer = experiment.load_lm(cfg)
     tokens = torch.from_numpy(experiment.load_rows(cfg, tokenizer, "eval").tokens)
     blocks, base, kept = experiment.decoder_blocks(model), model.base_model, []
@@ -218,6 +223,29 @@ def bench_harvest(rounds):
     return row, x[:, 1:].reshape(-1, x.shape[-1]).float()  # position 0 is the BOS
 
 
+def bench_runs(sizes):
+    """Whole runs (harvest, three passes of training, score) for each (harvest_tokens, d_sae): trained tokens/s, peak memory."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        (cache := Path(folder) / "cache").mkdir()  # has the embedded model and text, but no harvest
+        experiment.lm_path(cfg := Config()), experiment.embedded_file(cfg, cfg.dataset)
+        for made in (*experiment.cache_root(cfg).glob("embedded-*"), Path(experiment.lm_path(cfg))):
+            (cache / made.name).symlink_to(made)
+        for tokens, d_sae in sizes:
+            flags = {"out_dir": f"{folder}/{tokens}_{d_sae}", "cache_dir": cache, "harvest_tokens": tokens, "train_tokens": 3 * tokens,
+                     "d_sae": d_sae, "eval_rows": 80, "reconstruction_rows": 16}
+            command = [sys.executable, experiment.__file__, *(str(word) for f, v in flags.items() for word in (f"--{f}", v))]
+            began = time.perf_counter()
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(child.pid, 0)  # the peak of this child alone
+            if status:
+                raise RuntimeError(f"{' '.join(command)} failed")
+            seconds = time.perf_counter() - began
+            rows.append({"part": f"run, {tokens:,} x 3", "d_sae": d_sae, "tokens_per_s": 3 * tokens / seconds, "seconds": seconds,
+                         "peak_gb": usage.ru_maxrss / 1e6})
+    return rows
+
+
 def show(rows):
     """The aligned table."""
     print(f"{'part':26s} {'d_sae':>6s} {'tokens/s':>9s} {'x fp32 roof':>11s} {'x bf16 roof':>11s} {'peak GB':>8s}")
@@ -231,7 +259,8 @@ def show(rows):
 
 def main(argv=None):
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--acts", help="activations to train on; leaves the harvest out")
     parser.add_argument("--d_sae", type=int, nargs="+", default=[2304, 4608, 9216], help="widths")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
@@ -246,8 +275,8 @@ def main(argv=None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     rows = []
     if args.acts:
-        acts = torch.from_numpy(np.array(np.load(args.acts, mmap_mode="r", allow_pickle=False)[: 64 * BATCH], dtype=np.float32))
-        acts = acts.reshape(-1, acts.shape[-1])
+        acts = np.load(args.acts, mmap_mode="r", allow_pickle=False)
+        acts = torch.from_numpy(np.array(acts.reshape(-1, acts.shape[-1])[: 64 * BATCH], dtype=np.float32))
     else:
         row, acts = bench_harvest(args.rounds)
         rows.append(row)
@@ -257,10 +286,7 @@ def main(argv=None):
         return 2
     rows += bench_steps(batches, args.d_sae, args.rounds, args.device)
     if not args.acts:
-        # end to end: one pass of harvest and three of training per token, as in a default run
-        cfg, step = Config(), next(r for r in rows if r["part"] == "step batchtopk+temporal")
-        seconds = cfg.harvest_tokens / rows[0]["tokens_per_s"] + cfg.train_tokens / step["tokens_per_s"]
-        rows.append({"part": "harvest + train", "tokens_per_s": cfg.train_tokens / seconds, "peak_gb": peak_gb()})
+        rows += bench_runs([(98_304, 2304), (196_608, 2304), (983_040, 2304), (98_304, 36_864)])
     show(rows)
     Path(args.out or "bench.json").write_text(json.dumps({"machine": platform.machine(), "threads": torch.get_num_threads(),
                                           "torch": torch.__version__, "batch": BATCH, "k": K, "rows": rows}, indent=1) + "\n")

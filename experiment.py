@@ -108,10 +108,10 @@ class Config:
     temp_loss: str = flag("selective", "see the section on losses",
                           ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
     temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline")
-    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
+    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)")
     temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
                            "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
-                           "always post)", ("soft", "pre", "post"))
+                           "always post; with l1 all three are the same)", ("soft", "pre", "post"))
     temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold")
     temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
@@ -127,7 +127,7 @@ class Config:
     lr: float = flag(6e-3, "Adam's peak learning rate")
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant", ("cosine", "constant"))
     warmup_steps: int = flag(50, "linear warm-up of the learning rate")
-    temp_warmup: float = flag(0.1, "share of training without the temporal loss; it is ramped up over as much again")
+    temp_warmup: float = flag(0.1, "share of training without the temporal loss, at most .5; it is ramped up over as much again")
     grad_clip: float = flag(1.0, "gradient norm; 0 is off")
     auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); 0 is off")
     dead_tokens: int = flag(100_000, "a latent that has not fired for so many tokens counts as dead")
@@ -181,14 +181,14 @@ def check(cfg):
     for name in ("lr", "temperature", "temp_fade", "cache_gb", "buffer_gb"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if cfg.window > cfg.context_size and not cfg.acts:
-        raise ValueError(f"--window {cfg.window} is larger than --context_size {cfg.context_size}")
+    if cfg.temp_warmup > 0.5:
+        raise ValueError(f"--temp_warmup {cfg.temp_warmup} is above .5: the temporal loss would never reach its weight")
     if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size) // WORLD:
         raise ValueError(f"--control other_docs needs at least --window {cfg.window} chunks: raise --temp_chunks")
     if cfg.sparsity == "l1" and cfg.nonlinearity != "relu":
         raise ValueError("--sparsity l1 is for --nonlinearity relu: gelu's codes are hardly ever zero")
-    if cfg.matryoshka_alpha and cfg.sparsity == "l1":
-        raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk")
+    if cfg.matryoshka_alpha and (cfg.sparsity == "l1" or cfg.temporal_fraction == 1):
+        raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk and needs a --temporal_fraction below 1")
     if cfg.window > cfg.chunk_size:
         raise ValueError(f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}; raise --chunk_size")
     if not cfg.acts and cfg.context_size % cfg.chunk_size:
@@ -198,7 +198,7 @@ def check(cfg):
     for name, chunks in (("batch_size", cfg.batch_size // cfg.chunk_size), ("temp_chunks", cfg.temp_chunks)):
         if chunks % WORLD:
             raise ValueError(f"--{name}: its {chunks} chunks cannot be shared evenly by {WORLD} processes")
-    if cfg.k > cfg.d_sae:
+    if cfg.k > cfg.d_sae and cfg.sparsity != "l1":
         raise ValueError(f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}")
     if not 0 < cfg.temporal_fraction <= 1:
         raise ValueError(f"--temporal_fraction must be in (0, 1], got {cfg.temporal_fraction}")
@@ -506,7 +506,7 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
     computed in float32 and the k per token, or k*n_valid per batch (of all processes), are cut from those.
     Returns Pairs, their pre-activations (P,) in float32, the threshold (0-dim tensor: the smallest selected one; with topk the
-    mean over tokens of each token's smallest), and the dense product (B,d_sae).
+    mean over valid tokens of each token's smallest), and the dense product (B,d_sae), with batchtopk -inf at invalid tokens.
     """
     n, keep = len(x), sae.k * n_valid
     dense = F.linear(x.to(matmul_dtype), sae.W_enc.t().to(matmul_dtype), bias.to(matmul_dtype))
@@ -527,7 +527,8 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
         latent = flat - token * sae.d_sae
     pre = pair_dots(x, sae.W_enc.t(), token, latent, edges(token, n)) + bias[latent]
     if sae.sparsity == "topk":
-        return make_pairs(token, latent, n, sae.d_sae), pre, agreed(pre.view(n, -1).amin(1).mean()) / WORLD, dense
+        least = agreed((pre.view(n, -1).amin(1) * mask).sum()) / max(n_valid, 1)
+        return make_pairs(token, latent, n, sae.d_sae), pre, least, dense
     everyone = gathered(pre)
     threshold = everyone.min() if len(everyone) else bias.new_zeros(())
     if len(everyone) > keep:  # what the hint let through beyond k a token
@@ -543,8 +544,8 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
 
 
 class Ends(NamedTuple):
-    """What a temporal loss sees: pairs of tokens less than `window` apart, and of each the latents active at one end at
-    least. The others would add nothing.
+    """What a temporal loss sees: pairs of tokens less than `window` apart, each counted once, and of each the latents active at
+    one end at least. (The others would add nothing with --temp_codes post, next to nothing with soft.)
 
     M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half
     of it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance
@@ -573,7 +574,7 @@ class Ends(NamedTuple):
 
 
 def sqdiff_loss(ends):
-    """Mean over the pairs in a sliding window of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
+    """Mean over pairs less than `window` apart of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
 
     >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2)
     >>> sqdiff_loss(one)       # (1 - 3)^2
@@ -595,7 +596,7 @@ def variance_loss(ends):
 
 
 def autocorr_loss(ends):
-    """1 - autocorrelation, sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
+    """1 - autocorrelation (of codes, with --temp_codes post), sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
 
     The variance is a constant to the gradient: otherwise growing it would be the cheapest way down.
     >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.tensor([5.]), 2)
@@ -612,6 +613,7 @@ def selective_loss(difference, power, mean, running_mean, flicker, weight):
     and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E[z]^2 enters by its
     tangent at the running mean, 2 m E[z] - m^2, because the square of a small sample's mean is biased. `weight` (see
     Trainer.gate) lets go of latents that do not prove slow: smoothing everything alike blends features (notes.txt).
+    The value itself stays around 0: what it does shows in temporal_grad_ratio.
 
     All (n_latents,). With D = 2, E[z_t^2 + z_s^2] = 14, E[z] = m = 1: S = 14 - 2 * (2 - 1) = 12, and (2 - .1 * 12) / 2:
     >>> one = torch.ones(1)
@@ -1468,7 +1470,8 @@ class Trainer:
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
         self.moments = torch.zeros(5, self.n_bound, device=device)  # running variance, lag-1 covariance, D, P and E[z],
         self.n_moments = 0  # after so many updates from zero
-        self.threshold = torch.zeros((), device=device)  # what a batch's selection came down to; with l1 it is 0
+        # what `forward` leaves for `temporal`: where the batch's selection stopped (with l1: 0), and the dense product
+        self.threshold, self.dense = torch.zeros((), device=device), None
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(sae.d_sae, device=device)  # tokens since a latent last fired
@@ -1543,38 +1546,41 @@ class Trainer:
         both = where[key] > 0
         count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
         weight = ok[:, token] * bound * (1 - both.float() / 2) / count
-        there = self.look_up(x, bias, other, token, latent, both if cfg.temp_codes == "post" else self.near(key))
-        there = there * both if cfg.temp_codes == "post" else there
+        read = (both if cfg.temp_codes == "post" else self.near(key)) & (bound > 0)
+        there = self.look_up(x, bias, other, token, latent, read)
         a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
 
         # moments of the codes themselves, in the true order also in the controls
-        after, ok = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
+        after, together = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
         at, codes = where[after[token] * d_sae + latent], here.detach() * bound
-        sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * ok[token]])
+        sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * together[token]])
         sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, bound_latent, sums)
-        n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), ok.sum()])).clamp(min=1)
+        n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), together.sum()])).clamp(min=1)
         mean, square, product = agreed(sums) / torch.stack([n_valid, n_valid, n_pairs])[:, None]
         ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(), cfg.window)
         return ends, product - mean.square()
 
     def near(self, key):
-        """key (O,m), places in the batch's dense product -> bool: whether a value other than 0 can be read there.
+        """key (O,m), places in the batch's dense product -> bool: whether a value other than 0 may be read there.
 
-        With soft one in six is. The product may be bfloat16, hence the margin."""
-        lowest = 1 - self.cfg.temp_fade if self.cfg.temp_codes == "soft" else 0.0 if self.sae.nonlinearity == "relu" else -math.inf
-        return self.dense.view(-1)[key] > (lowest - 0.05) * self.threshold
+        With soft it may at one in three to six. The product may be bfloat16, hence the margin of a twentieth."""
+        value, threshold = self.dense.view(-1)[key], self.threshold
+        if self.cfg.temp_codes == "soft":
+            return value > (0.95 - self.cfg.temp_fade) * threshold
+        return value > -0.05 * threshold.abs() if self.sae.nonlinearity == "relu" else torch.ones_like(key, dtype=torch.bool)
 
-    def look_up(self, x, bias, other, token, latent, some):
-        """Activations before selection, (O,m) float32, of latent[j] at token other[o,token[j]], where `some` (O,m) says so;
-        elsewhere 0. With their gradient."""
-        some = slice(None) if x.is_cuda else some.flatten().nonzero()[:, 0]  # (nonzero would wait for a GPU)
-        place = (token + len(other[0]) * torch.arange(len(other), device=x.device)[:, None]).flatten()[some]
+    def look_up(self, x, bias, other, token, latent, read):
+        """Activations before selection, (O,m) float32, of latent[j] at token other[o,token[j]] where `read` (O,m) says so,
+        elsewhere 0; with their gradient."""
+        # On a GPU all are computed: nonzero would wait for it.
+        some = torch.arange(read.numel(), device=x.device) if x.is_cuda else read.flatten().nonzero()[:, 0]
+        place = (token + other.shape[1] * torch.arange(len(other), device=x.device)[:, None]).flatten()[some]
         x, latent = x[other.flatten()], latent.repeat(len(other))[some]
         pairs = make_pairs(place, latent, len(x), self.sae.d_sae)
         with torch.no_grad():
             pre = pair_dots(x, self.sae.W_enc.t(), place, latent, pairs.token_ptr) + bias[latent]
         found = self.sae.activate(SparseEncode.apply(x, self.sae.W_enc, bias, pre, pairs))
-        return (found if x.is_cuda else found.new_zeros(other[:, token].numel()).index_copy(0, some, found)).view(len(other), -1)
+        return found.new_zeros(read.numel()).index_copy(0, some, found).view_as(read) * read
 
     def dense_codes(self, x, bias, acts, pairs, mask, step):
         """Codes (N,T,n_bound) of the sample and its mask (N,T), for losses that compare whole tokens. Of many processes each
@@ -1638,7 +1644,8 @@ class Trainer:
 
         x (B,d_in) float32 scaled activations, mask (B/C,C) int32, n_valid valid tokens among them and, of many processes,
         among the others' too: each term is this process's part of a sum over all, and so is its gradient.
-        Raises FloatingPointError before the update when a loss or gradient is not finite."""
+        Raises FloatingPointError before the update when a loss or gradient is not finite; on a GPU such a step is left out, and
+        only a logged one raises."""
         cfg, sae, ok = self.cfg, self.sae, (mask.flatten() > 0).float()
         if cfg.layernorm:
             x = sae.normalise(x)[0]
@@ -1666,6 +1673,7 @@ class Trainer:
             terms["auxk"] = self.auxk(x, bias, residual, ok)
             loss = loss + cfg.auxk_alpha * terms["auxk"]
         terms["loss"] = loss
+        self.dense = None  # (B,d_sae): not kept through backward and the next selection
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
@@ -1707,8 +1715,9 @@ class Trainer:
     def load(self, state):
         """Undo `state`."""
         self.sae.load_state_dict(state["sae"]), self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("silent_tokens", "dead", "moments", "n_moments"):
-            setattr(self, name, state[name])
+        self.n_moments = state["n_moments"]
+        for name in ("silent_tokens", "dead", "moments"):
+            setattr(self, name, state[name].to(self.silent_tokens.device))
 
 
 @torch.no_grad()
@@ -1789,7 +1798,7 @@ def restore(run_dir, trainer, seed):
     """Load the checkpoint if it is of this seed, cut log.jsonl back to it, return the next step."""
     path, log, first = run_dir / "checkpoint" / "state.pt", run_dir / "log.jsonl", 0
     try:  # the first process reads: of several machines only its own need hold the run directory
-        state = shared(torch.load(path, weights_only=True) if RANK == 0 and path.exists() else None)
+        state = shared(torch.load(path, map_location="cpu", weights_only=True) if RANK == 0 and path.exists() else None)
         if state and state["seed"] == seed:
             trainer.load(state)
             first = state["step"]

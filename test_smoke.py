@@ -547,6 +547,32 @@ def test_the_null_shuffles_tokens_only_inside_their_document(own_rows):
 # ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind, special", [("gpt2", dict(bos_token="<eos>", eos_token="<eos>")),  # GPT-2's own: BOS is EOS
+                                           ("gptneox", dict(bos_token="<bos>", eos_token="<bos>")),  # Pythia's: both are id 0
+                                           ("gptneox", dict(bos_token=None, eos_token="<eos>")),  # no BOS: EOS stands for it
+                                           ("gemma2", dict(bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"))])
+def test_other_families_go_the_whole_way(work, tiny, tokenizer, kind, special):
+    """Harvest, training and score of a small GPT-2, Pythia and Gemma-2, their logits taken as the model gives them."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    path = work / f"family_{kind}_{special['bos_token']}"
+    model, own = random_lm(kind), PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)
+    model.save_pretrained(path), own.save_pretrained(path)
+    assert experiment.main(argv(tiny, out_dir=path / "run", model=path, dtype=None)) == 0
+    cfg = config(tiny, model=path, dtype=None)
+    rows, begins = experiment.load_rows(cfg, own, "eval"), own.convert_tokens_to_ids(special["bos_token"] or special["eos_token"])
+    assert (rows.tokens[:, 0] == begins).all() and not rows.valid[rows.tokens == begins].any()
+    tokens, ok = torch.from_numpy(rows.tokens[:8]), torch.from_numpy(rows.valid[:8])
+    dtype = experiment.pick_dtype("auto", "cpu")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)(tokens).logits.float()
+    if kind == "gemma2":
+        assert model.config.final_logit_softcapping and logits.abs().max() <= model.config.final_logit_softcapping
+    ce = F.cross_entropy(logits[:, :-1][ok[:, :-1]], tokens[:, 1:][ok[:, :-1]])
+    ours = read(path / "run" / "core.json")["eval_result_metrics"]["model_performance_preservation"]
+    close(ours["ce_loss_without_sae"], ce.item(), rel=2e-3)  # bfloat16, in batches of another size
+    assert read(path / "run" / "seed_0" / "cfg.json")["metadata"]["prepend_bos"] is True
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gptneox", "llama", "gemma2"])
 def test_residuals_are_the_output_of_their_block(kind):
     model = random_lm(kind)
@@ -900,6 +926,23 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean
     return difference.sum()
 
 
+def test_neither_scale_nor_offset_lowers_the_selective_loss():
+    """Its gradient along the codes themselves (shrinking) and along a constant (always on) is zero; towards each other it is not."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(50, generator=g).requires_grad_()
+    latent, weight = torch.zeros(49, dtype=torch.long), torch.full((49,), 1 / 49)
+    ring = torch.arange(50).roll(-1)[:49]  # the mean over both ends of the pairs is what E[z] is
+    ends = experiment.Ends(z[:49], z[ring], latent, weight, torch.ones(1), 2)
+    (difference, power), mean = ends.moments(), ends.mean(ends.a + ends.b) / 2
+    flicker = (difference / (power - 2 * mean.square())).detach()
+    loss = experiment.selective_loss(difference, power, mean, mean.detach(), flicker, torch.ones(1))
+    (grad,) = torch.autograd.grad(loss, z)
+    assert abs(grad @ z) < 1e-6 and abs(grad.sum()) < 1e-6 < grad.norm()
+    smoother = z.detach() - grad
+    a, b = smoother[:49], smoother[ring]
+    assert 1 - torch.corrcoef(torch.stack([a, b]))[0, 1] < 1 - torch.corrcoef(torch.stack([z[:49], z[ring]]).detach())[0, 1]
+
+
 def trainer_at(tiny, T=8, d_sae=60, **changes):
     """A trainer, one batch of 32 chunks of T tokens (some invalid, some chunks of two documents), and their codes."""
     cfg, g = config(tiny, d_sae=d_sae, temp_alpha=.5, temp_warmup=0, chunk_size=T, batch_size=32 * T, **changes), torch.Generator().manual_seed(0)
@@ -985,7 +1028,7 @@ def dense_step(p, cfg, trainer, x, mask, step, dead, gate):
     z = z * active if cfg.temp_codes == "post" else z
     if cfg.temp_codes == "soft":  # the batch's threshold; with topk the mean of the tokens' own
         least = pre.detach().masked_fill(~chosen, torch.inf)
-        threshold = least.min() if cfg.sparsity == "batchtopk" else least.min(1).values.mean()
+        threshold = least.min() if cfg.sparsity == "batchtopk" else (least.min(1).values * ok).sum() / n
         z = z * ((z / threshold - 1) / (2 * cfg.temp_fade) + .5).clamp(0, 1)
     loss = loss + trainer.temp_weight(step) * temporal_by_hand(cfg.temp_loss, z, active, some, cfg.window, cfg.temperature, *gate)
     quarter = len(x) // 4  # AuxK reads a quarter of the batch
@@ -1383,7 +1426,8 @@ BAD_SETTINGS = {
     "unknown flag": (dict(kk=3), "--kk"), "abbreviated flag": (dict(lay=1), "--lay"), "k not a number": (dict(k="abc"), "--k"),
     "k not whole": (dict(k=1.5), "--k"), "k zero": (dict(k=0), "--k"), "k negative": (dict(k=-3), "--k"), "k above d_sae": (dict(k=65), "--d_sae"),
     "d_sae zero": (dict(d_sae=0), "--d_sae"), "layer too high": (dict(layer=3), "layers 0 to 2"), "layer negative": (dict(layer=-1), "--layer"),
-    "window above context": (dict(window=33), "--context_size"), "window above chunk": (dict(window=9), "--chunk_size"), "window zero": (dict(window=0), "--window"),
+    "warm-up to the end": (dict(temp_warmup=.6), "--temp_warmup"), "share of all": (dict(matryoshka_alpha=1), "--temporal_fraction"),
+    "window above chunk": (dict(window=9), "--chunk_size"), "window zero": (dict(window=0), "--window"),
     "chunk does not divide context": (dict(chunk_size=10, batch_size=250), "--context_size"), "chunk does not divide batch": (dict(batch_size=100), "--batch_size"),
     "batch zero": (dict(batch_size=0), "--batch_size"), "context of one token": (dict(context_size=1, chunk_size=1, window=1), "--context_size"),
     "context beyond the model": (dict(context_size=128), "64"), "lr zero": (dict(lr=0), "--lr"), "lr negative": (dict(lr=-1), "--lr"),
@@ -2049,6 +2093,10 @@ def test_the_study_runs_what_is_missing_and_reports_what_fails(work, monkeypatch
     train.STUDY["other"] = ["--k", "9"]
     shutil.copytree(runs / "done", runs / "other")
     assert not train.done("other"), "a record that was made with other settings than the table's is not done"
+    made = {"experiment_sha256": hashlib.sha256(experiment.SOURCE.encode()).hexdigest()}
+    for name, environment, again in (("done", made, True), ("done", {"experiment_sha256": "another"}, False), ("other", made, False)):
+        (runs / name / "environment.json").write_text(json.dumps(environment))
+        assert train.resumable(name) == again, "what was begun otherwise is begun again"
     code = train.main(["done", "wrong"])
     err = capsys.readouterr().err
     assert code == 1 and "wrong" in err and "--k" in err and "done" not in err
@@ -2077,9 +2125,8 @@ def test_the_study_is_one_table(work, monkeypatch):
     train.write_csv()
     head, *rows = (experiment.RUNS / "study.csv").read_text().splitlines()
     assert head == ",".join(["run", "seed", *train.COLUMNS, "l0", "ce_loss_score", "autocorr_1"])
-    assert rows == ["b,3,selective,0.09,2,32,3000000,1.0,0.0,none,32,0.5,",
-                    "b,4,selective,0.09,2,32,3000000,1.0,0.0,none,33,6.66667e-08,",
-                    "a,0,selective,0.0,2,32,3000000,1.0,0.0,none,31,,0.333333"]
+    like = lambda name: ",".join(str(getattr(train.wanted(name), column)) for column in train.COLUMNS)
+    assert rows == [f"b,3,{like('b')},32,0.5,", f"b,4,{like('b')},33,6.66667e-08,", f"a,0,{like('a')},31,,0.333333"]
     assert [p.name for p in experiment.RUNS.iterdir() if p.is_file()] == ["study.csv"], "the file beside it stays"
 
 
@@ -2189,3 +2236,30 @@ def test_the_numbers_of_readme_and_notes_are_those_of_the_records():
             assert agrees(number, values.mean()), (loss, window, alpha, number, values)
         for number, values in zip(numbers[1::2], (cost, gain)):
             assert agrees(number, values.std(ddof=1) / len(values) ** 0.5), (loss, window, alpha, number)
+
+
+def test_every_number_with_an_error_stands_in_a_record():
+    """Whatever README and notes write as "a ± b" is mean and standard error over seeds of a score, or of its paired difference
+    or ratio to another run, in the committed JSON. A number that went stale is found here."""
+    import plot
+    runs = {p.parent.name: next(iter(read(p).values()))["final_info_dict"] for p in (HERE / "runs").glob("*/final_info.json")}
+    matched, truth = read(HERE / "runs" / "matched_l0.json"), read(HERE / "runs" / "truth.json")
+    runs |= {f"matched {run}": matched[run] for run in ("run_0", "run_6")} | {arm: truth[arm] for arm in ("control", "temporal")}
+    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|matched run_0|tsae|matryoshka", run)]
+    drawn = plot.find_runs(HERE / "runs")
+    known = [gain for name in ("run_6", "tsae_paper") for gain in plot.gains(drawn["run_0"], drawn[name])]
+    for run, scores in runs.items():
+        for key, values in scores.items():
+            known.append(np.array(values, float))
+            for other in references:
+                if other != run and len(runs[other].get(key, ())) > 1 and key != "pw_mcc":
+                    n = min(len(values), len(runs[other][key]))
+                    a, b = (np.array(v[:n], float) for v in (values, runs[other][key]))
+                    known += [a - b, a / np.where(b == 0, np.nan, b)]
+    known = [v for v in known if len(v) > 1 and np.isfinite(v).all()]
+    mean, error = (np.array(column) for column in zip(*[(v.mean(), v.std(ddof=1) / len(v) ** 0.5) for v in known]))
+    near = lambda text, values: np.abs(float(text) - values) <= 0.5000001 * 10.0 ** -len(text.partition(".")[2])
+    for name, least in (("README.md", 20), ("notes.txt", 250)):
+        numbers = re.findall(r"([+-]?\d*\.\d+) ± (\d*\.\d+)", (HERE / name).read_text())
+        stale = [f"{a} ± {b}" for a, b in numbers if not (near(a, mean if a[0] in "+-" else np.abs(mean)) & near(b, error)).any()]
+        assert len(numbers) >= least and not stale, f"{name}: in no record: {', '.join(stale)}"

@@ -6,8 +6,8 @@
     python train.py --jobs 2           # two runs at a time, each a process with half of the cores
 
 Each run is `python experiment.py --out_dir NAME` with the flags of its row: no model, loss or default lives here.
-A finished run (it has a final_info.json) is skipped, an interrupted one is resumed, a failed one is reported at
-the end and does not stop the rest. After each run runs/study.csv is written anew: all scores, a row a run and seed.
+A finished run (it has a final_info.json made with these settings) is skipped, an interrupted one is resumed (or begun again,
+if settings or experiment.py changed since), a failed one is reported at the end and does not stop the rest. After each run runs/study.csv is written anew: all scores, a row a run and seed.
 """
 import argparse
 import csv
@@ -65,7 +65,7 @@ STUDY |= {f"grid_infonce_a{a:g}": f"--temp_loss infonce --temp_alpha {a:g} --mat
           for a in (0.03, 0.1, 0.3, 1.0)}
 STUDY = {name: flags.split() for name, flags in STUDY.items()}
 # The settings that study.csv has beside the scores.
-COLUMNS = "temp_loss temp_alpha window k train_tokens temporal_fraction matryoshka_alpha control".split()
+COLUMNS = "temp_loss temp_alpha window temp_codes temp_chunks k train_tokens temporal_fraction matryoshka_alpha control".split()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,10 +126,18 @@ def visited(name, since):
     return 0
 
 
+def resumable(name):
+    """Whether what is in a run's directory was made with the settings wanted now and by this experiment.py."""
+    saved = experiment.comparable(experiment.Config(**settings(name)))
+    same_source = experiment.made_by(experiment.RUNS / name) == experiment.hashlib.sha256(experiment.SOURCE.encode()).hexdigest()
+    return same_source and saved == experiment.comparable(wanted(name))
+
+
 def start(name, jobs):
     """Start one run as a process of its own; its stderr goes to a log beside the runs that git ignores."""
     folder = experiment.RUNS / name
-    again = ["--resume"] if (folder / "checkpoint").exists() or list(folder.glob("seed_*/cfg.json")) else ["--overwrite"]
+    begun = (folder / "checkpoint").exists() or list(folder.glob("seed_*/cfg.json"))
+    again = ["--resume"] if begun and resumable(name) else ["--overwrite"]
     command = [sys.executable, experiment.__file__, "--out_dir", name, *STUDY[name], *again]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more threads than cores spin against each other
     log = open(experiment.RUNS / f"{name}.log.part", "w")
