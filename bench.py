@@ -63,6 +63,7 @@ def make_step(d_in, d_sae, k, kind, matmul_dtype="auto", device="cpu"):
     cfg = Config(d_sae=d_sae, k=min(k, d_sae), sparsity=sparsity, matmul_dtype=matmul_dtype, device=device,
                  temp_alpha=default.temp_alpha if temporal else 0.0)
     state = {}
+    experiment.keep_freed_memory(True)
 
     def step(acts):
         if not state:
@@ -224,7 +225,9 @@ def bench_harvest(rounds):
 
 
 def bench_runs(sizes):
-    """Whole runs (harvest, three passes of training, score) for each (harvest_tokens, d_sae): trained tokens/s, peak memory."""
+    """Whole runs (harvest, three passes of training, score) for each (harvest_tokens, d_sae): trained tokens/s, peak memory.
+
+    To be called first: a child's peak counts from what this process held when it was started."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         (cache := Path(folder) / "cache").mkdir()  # has the embedded model and text, but no harvest
@@ -278,6 +281,7 @@ def main(argv=None):
         acts = np.load(args.acts, mmap_mode="r", allow_pickle=False)
         acts = torch.from_numpy(np.array(acts.reshape(-1, acts.shape[-1])[: 64 * BATCH], dtype=np.float32))
     else:
+        rows += bench_runs([(98_304, 2304), (196_608, 2304), (983_040, 2304), (98_304, 36_864)])
         row, acts = bench_harvest(args.rounds)
         rows.append(row)
     batches = [acts[i : i + BATCH].to(args.device) for i in range(0, len(acts) - BATCH + 1, BATCH)]
@@ -285,8 +289,6 @@ def main(argv=None):
         print(f"error: --acts needs at least {BATCH} tokens", file=sys.stderr)
         return 2
     rows += bench_steps(batches, args.d_sae, args.rounds, args.device)
-    if not args.acts:
-        rows += bench_runs([(98_304, 2304), (196_608, 2304), (983_040, 2304), (98_304, 36_864)])
     show(rows)
     Path(args.out or "bench.json").write_text(json.dumps({"machine": platform.machine(), "threads": torch.get_num_threads(),
                                           "torch": torch.__version__, "batch": BATCH, "k": K, "rows": rows}, indent=1) + "\n")

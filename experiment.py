@@ -52,8 +52,6 @@ import evaluate
 from evaluate import write_json
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-if platform.libc_ver()[0] == "glibc":  # keep what a step frees: to get it from the system again, page by page, takes a tenth of it
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun: which process
@@ -1720,6 +1718,17 @@ class Trainer:
             setattr(self, name, state[name].to(self.silent_tokens.device))
 
 
+def keep_freed_memory(on):
+    """While on, glibc keeps what a step frees: to get it from the system again, page by page, takes a tenth of the step.
+
+    For training only, whose blocks are of the same sizes at each step. Elsewhere they leave holes that nothing fits, and
+    memory would grow with the harvest."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0 if on else 65536), libc.mallopt(-1, 2**31 - 1 if on else 128 << 10)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        on or libc.malloc_trim(0)
+
+
 @torch.no_grad()
 def fit_threshold(sae, harvest, cfg):
     """Set the inference threshold so that whole training rows, spread over the harvest, have k active latents.
@@ -1745,6 +1754,7 @@ def train(cfg, seed, harvest, stop):
     trainer = Trainer(cfg, sae, harvest.variance, harvest.rho, device)
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32, for training only
     first = restore(run_dir, trainer, seed)
+    keep_freed_memory(True)
 
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1,
                disable=RANK > 0)
@@ -1773,6 +1783,7 @@ def train(cfg, seed, harvest, stop):
             if number:
                 raise Interrupted(number)
     torch.set_float32_matmul_precision("highest")
+    keep_freed_memory(False)
     if cfg.sparsity == "batchtopk":
         fit_threshold(sae, harvest, cfg)
     sae.fold_scale(harvest.scale)
