@@ -2243,9 +2243,9 @@ def test_every_number_with_an_error_stands_in_a_record():
     or ratio to another run, in the committed JSON. A number that went stale is found here."""
     import plot
     runs = {p.parent.name: next(iter(read(p).values()))["final_info_dict"] for p in (HERE / "runs").glob("*/final_info.json")}
-    matched, truth = read(HERE / "runs" / "matched_l0.json"), read(HERE / "runs" / "truth.json")
-    runs |= {f"matched {run}": matched[run] for run in ("run_0", "run_6")} | {arm: truth[arm] for arm in ("control", "temporal")}
-    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|matched run_0|tsae|matryoshka", run)]
+    for name in ("checks", "truth"):
+        runs |= {arm: scores for arm, scores in read(HERE / "runs" / f"{name}.json").items() if isinstance(scores, dict)}
+    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|(matched|whole) run_0|tsae|matryoshka", run)]
     drawn = plot.find_runs(HERE / "runs")
     known = [gain for name in ("run_6", "tsae_paper") for gain in plot.gains(drawn["run_0"], drawn[name])]
     for run, scores in runs.items():
@@ -2263,3 +2263,23 @@ def test_every_number_with_an_error_stands_in_a_record():
         numbers = re.findall(r"([+-]?\d*\.\d+) ± (\d*\.\d+)", (HERE / name).read_text())
         stale = [f"{a} ± {b}" for a, b in numbers if not (near(a, mean if a[0] in "+-" else np.abs(mean)) & near(b, error)).any()]
         assert len(numbers) >= least and not stale, f"{name}: in no record: {', '.join(stale)}"
+
+
+def test_the_tables_of_speed_and_cost_are_those_of_the_records():
+    readme, whole = (HERE / "README.md").read_text(), lambda text: int(text.replace(",", ""))
+    steps = {(row["part"], row.get("d_sae")): row for row in read(HERE / "bench.json")["rows"]}
+    rows = re.findall(r"^\| `([\w+]+)`, d_sae (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M)
+    assert len(rows) == 8
+    for kind, d_sae, rate, *ratios in rows:
+        row = steps[f"step {kind}", int(d_sae)]
+        assert whole(rate) == round(row["tokens_per_s"]) and all(map(agrees, ratios, (row["ratio_float32"], row["ratio_bfloat16"]))), kind
+    shapes = read(HERE / "runs" / "full_shape.json")
+    rows = re.findall(r"^\| `([\w.-]+)`, layer (\d+) \|(.*)\|$", readme, re.M)
+    assert len(rows) == 3
+    for name, layer, cells in rows:
+        d_in, d_sae, tokens, gb, harvest, hours, train, train_hours, peak = (cell.split()[0] for cell in cells.split("|"))
+        one, millions = shapes[name], whole(tokens) * 1e6
+        assert (int(layer), whole(d_in), whole(d_sae)) == (one["layer"], one["d_in"], one["d_sae"])
+        assert whole(harvest) == round(one["harvest_tokens_per_s"]) and whole(train) == round(one["step_tokens_per_s"])
+        assert whole(gb) == round(millions * one["d_in"] * 2 / 1e9) and agrees(peak, one["peak_gb"])
+        assert agrees(hours, millions / one["harvest_tokens_per_s"] / 3600) and agrees(train_hours, millions / one["step_tokens_per_s"] / 3600)

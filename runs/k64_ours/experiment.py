@@ -57,7 +57,7 @@ if platform.libc_ver()[0] == "glibc":  # keep what a step frees: to get it from 
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun: which process
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # this is, and of how many
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # this is, and of how many
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a stalled stream of text is taken up again
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
@@ -107,11 +107,13 @@ class Config:
     # -- the temporal loss
     temp_loss: str = flag("selective", "see the section on losses",
                           ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.09, "weight of the temporal loss; 0 is the baseline")
+    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline")
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
-    temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
-                           "active; post, the codes themselves", ("pre", "post"))
-    temp_chunks: int = flag(8, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
+    temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
+                           "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
+                           "always post)", ("soft", "pre", "post"))
+    temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold")
+    temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
     temperature: float = flag(0.1, "infonce: of the softmax")
     temporal_fraction: float = flag(1.0, "share of the dictionary (its first latents) that the temporal loss binds")
@@ -176,7 +178,7 @@ def check(cfg):
                  "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    for name in ("lr", "temperature", "cache_gb", "buffer_gb"):
+    for name in ("lr", "temperature", "temp_fade", "cache_gb", "buffer_gb"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.window > cfg.context_size and not cfg.acts:
@@ -321,7 +323,7 @@ def join(device):
     """Meet the other processes that torchrun started: gloo for what is on the host, nccl for what is on a GPU."""
     if WORLD > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one harvests while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one may be busy with its disk
 
 
 def agreed(tensor):
@@ -503,7 +505,8 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     x (B,d_in), mask (B,) bool, n_valid = mask.sum() known on the host; sae.threshold is the last step's.
     The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
     computed in float32 and the k per token, or k*n_valid per batch (of all processes), are cut from those.
-    Returns Pairs, their pre-activations (P,) in float32, and the smallest selected one (0-dim tensor).
+    Returns Pairs, their pre-activations (P,) in float32, the threshold (0-dim tensor: the smallest selected one; with topk the
+    mean over tokens of each token's smallest), and the dense product (B,d_sae).
     """
     n, keep = len(x), sae.k * n_valid
     dense = F.linear(x.to(matmul_dtype), sae.W_enc.t().to(matmul_dtype), bias.to(matmul_dtype))
@@ -523,13 +526,15 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
         token = flat // sae.d_sae
         latent = flat - token * sae.d_sae
     pre = pair_dots(x, sae.W_enc.t(), token, latent, edges(token, n)) + bias[latent]
-    everyone = gathered(pre) if sae.sparsity == "batchtopk" else pre
+    if sae.sparsity == "topk":
+        return make_pairs(token, latent, n, sae.d_sae), pre, agreed(pre.view(n, -1).amin(1).mean()) / WORLD, dense
+    everyone = gathered(pre)
     threshold = everyone.min() if len(everyone) else bias.new_zeros(())
-    if sae.sparsity == "batchtopk" and len(everyone) > keep:  # what the hint let through beyond k a token
+    if len(everyone) > keep:  # what the hint let through beyond k a token
         threshold = everyone.topk(keep, sorted=False).values.min()
         chosen = (pre >= threshold).nonzero()[:, 0]
         token, latent, pre = token[chosen], latent[chosen], pre[chosen]
-    return make_pairs(token, latent, n, sae.d_sae), pre, threshold
+    return make_pairs(token, latent, n, sae.d_sae), pre, threshold, dense
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -600,16 +605,31 @@ def autocorr_loss(ends):
     return ends.moments()[0].sum() / (2 * ends.variance.sum().clamp(min=1e-8))
 
 
-def selective_loss(difference, power, flicker, weight):
-    """sum_i weight_i * (D_i - flicker_i * P_i) / 2, with D, P = Ends.moments and flicker_i a running D_i / P_i.
+def selective_loss(difference, power, mean, running_mean, flicker, weight):
+    """sum_i weight_i * (D_i - flicker_i * S_i) / 2, with D = E[(z_t - z_s)^2], S = E[z_t^2 + z_s^2] - 2 E[z]^2.
 
-    Its gradient is that of each latent's flicker D_i / P_i = 1 - 2 E[z_t z_s] / E[z_t^2 + z_s^2], a quantity that no
-    rescaling changes, so there is nothing to gain from shrinking. `weight` (see Trainer.gate) lets go of latents
-    that do not prove slow: smoothing everything alike blends features (notes.txt).
-    >>> selective_loss(torch.tensor([2.]), torch.tensor([14.]), torch.tensor([0.1]), torch.ones(1))  # (2 - 1.4) / 2
-    tensor(0.3000)
+    flicker_i is a running D_i / S_i = 1 - rho_i, so the gradient is that of 1 - rho_i itself, which no rescaling changes
+    and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E[z]^2 enters by its
+    tangent at the running mean, 2 m E[z] - m^2, because the square of a small sample's mean is biased. `weight` (see
+    Trainer.gate) lets go of latents that do not prove slow: smoothing everything alike blends features (notes.txt).
+
+    All (n_latents,). With D = 2, E[z_t^2 + z_s^2] = 14, E[z] = m = 1: S = 14 - 2 * (2 - 1) = 12, and (2 - .1 * 12) / 2:
+    >>> one = torch.ones(1)
+    >>> selective_loss(2 * one, 14 * one, one, one, 0.1 * one, one)
+    tensor(0.4000)
     """
-    return (weight * (difference - flicker * power)).sum() / 2
+    spread = power - 2 * running_mean * (2 * mean - running_mean)
+    return (weight * (difference - flicker * spread)).sum() / 2
+
+
+def fade(pre, threshold, width):
+    """pre (...) -> (...): 0 up to (1 - width) * threshold, pre itself from (1 + width) * threshold on, a ramp between.
+
+    Like a code, but with a gradient for what is nearly selected, or only just: there flicker arises.
+    >>> fade(torch.tensor([1., 4., 8.]), torch.tensor(4.), 0.5)    # half of what stands at the threshold
+    tensor([0., 2., 8.])
+    """
+    return pre * ((pre - threshold) / (2 * width * threshold.clamp(min=1e-8)) + 0.5).clamp(0, 1)
 
 
 def neighbours(z, mask, lag):
@@ -1185,41 +1205,64 @@ def tokens_hash(tokens):
     return digest.hexdigest()
 
 
-def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None):
+def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None, together=False):
     """tokens (N,T) -> resid_post (N,T,d_in) at the hooked layer, memory-mapped: float32, or uint16 that holds bfloat16.
 
     batch_rows rows go through the LM at a time (the last bits depend on it). Goes on where it was cut, if `stop` said
-    so; the LM is loaded only for what the cache does not hold."""
+    so; the LM is loaded only for what the cache does not hold. together: all processes of this machine are here and share
+    the work."""
     config, device = load_tokenizer(cfg)[0], torch.device(pick_device(cfg.device)).type
     (d_in, dtype, store), revision = storage(config, cfg), getattr(config, "_commit_hash", None) or version(cfg.model)
     key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=device, layer=cfg.layer,
                     rows=tokens_hash(tokens), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
     folder = cache_root(cfg) / f"acts-{key}"
-    shape, progress = (*tokens.shape, d_in), folder / "progress"
-    with making(folder) as todo, stop.deferred() if stop else contextlib.nullcontext():
-        if todo:
-            need, free = math.prod(shape) * store.itemsize, shutil.disk_usage(folder).free
-            done = int(progress.read_text()) if progress.exists() else 0
-            if not done and need > free:
-                raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
-                                   "lower --harvest_tokens or --cache_gb, or move --cache_dir")
-            if not done:  # reserve the disk: writing into a hole of a full one would kill the process
-                np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
-                with open(folder / "acts.npy", "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
-            acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
-            load_lm(cfg)  # what it has to complain about comes before the bar
-            with tqdm(total=tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True,
-                      mininterval=1) as bar:
-                for i in range(done, len(tokens), batch_rows):
-                    block = harvested(cfg, tokens[i : i + batch_rows])
-                    acts[i : i + batch_rows] = block
-                    bar.update(block[..., 0].size)
-                    if i % 1024 == 0 or i + batch_rows >= len(tokens) or stop and stop.signal:
-                        acts.flush(), release(acts), release(tokens)
-                        replace(progress, str(i + len(block)))
-                        stop and stop.check()
+    shape, progress, batches = (*tokens.shape, d_in), folder / "progress", -(-len(tokens) // batch_rows)
+    share = slice(LOCAL_RANK, None, LOCAL_WORLD) if together else slice(None)
+    with stop.deferred() if stop else contextlib.nullcontext():
+        while together and LOCAL_RANK > 0 and damage(folder) != "":  # the first process opens and seals the cache
+            if progress.exists():
+                harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
+            stop.check(), time.sleep(0.2)
+        with making(folder) as todo:
+            if todo:
+                need, free = math.prod(shape) * store.itemsize, shutil.disk_usage(folder).free
+                if not progress.exists() or progress.stat().st_size != batches:
+                    if need > free:
+                        raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
+                                           "lower --harvest_tokens or --cache_gb, or move --cache_dir")
+                    # reserve the disk: writing into a hole of a full one would kill the process
+                    np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
+                    with open(folder / "acts.npy", "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
+                    load_lm(cfg)  # what it has to complain about comes before the bar
+                    replace(progress, "-" * batches)
+                harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
+                while "-" in progress.read_text():  # the others' share
+                    stop.check(), time.sleep(0.2)
     return np.load(folder / "acts.npy", mmap_mode="r")
+
+
+def harvest_batches(cfg, tokens, batch_rows, folder, share, stop):
+    """Fill in what is missing of this process's share (a slice of all batches) of acts.npy. `progress` has a letter for
+    each batch, which becomes x when the batch is on the disk."""
+    with open(folder / "progress", "r+b", buffering=0) as progress:
+        todo = [i for i, letter in list(enumerate(progress.read().decode()))[share] if letter == "-"]
+        if not todo:
+            return
+        load_lm(cfg)
+        acts, written = np.lib.format.open_memmap(folder / "acts.npy", "r+"), []
+        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1,
+                  disable=RANK > 0) as bar:
+            for i in todo:
+                block = harvested(cfg, tokens[i * batch_rows : (i + 1) * batch_rows])
+                acts[i * batch_rows : (i + 1) * batch_rows] = block
+                bar.update(block[..., 0].size), written.append(i)
+                if len(written) == 128 or i == todo[-1] or stop and stop.signal:
+                    acts.flush(), release(acts), release(tokens)
+                    for i in written:
+                        os.pwrite(progress.fileno(), b"x", i)
+                    os.fsync(progress.fileno()), written.clear()
+                    stop and stop.check()
 
 
 class Stream:
@@ -1264,15 +1307,19 @@ class Stream:
             self.acts = np.empty((2, self.half_rows, *self.shape[1:]), self.store)
             self.mask = np.empty((2, self.half_rows, self.shape[1]), np.int32)
         self.held[slot] = None
-        bar = tqdm(range(0, self.half_rows, HARVEST_ROWS), desc="refill", unit="batch", leave=False)
+        bar = tqdm(range(0, self.half_rows, WORLD * HARVEST_ROWS), desc="refill", unit="batch", leave=False, disable=RANK > 0)
         with contextlib.closing(bar):
-            for i in bar:
+            for i in bar:  # each process its batch; then all have all of them
                 self.stop.check()
-                rows = (first + np.arange(i, i + HARVEST_ROWS)) % len(self)
-                block = self.acts[slot, i : i + HARVEST_ROWS] = harvested(self.cfg, self.rows.tokens[rows])
+                own = min(i + RANK * HARVEST_ROWS, self.half_rows - HARVEST_ROWS)  # beyond the end: computed in vain
+                block = harvested(self.cfg, self.rows.tokens[(first + np.arange(own, own + HARVEST_ROWS)) % len(self)])
+                blocks = interleaved(torch.from_numpy(block.view(np.uint8))[None]).flatten(0, 1)[: self.half_rows - i]
+                here = slice(i, i + len(blocks))
+                block = self.acts[slot, here] = blocks.numpy().view(self.store)
+                rows = (first + np.arange(here.start, here.stop)) % len(self)
                 mask = (self.rows.doc_id[rows] + 1) * self.rows.valid[rows]
                 sinks = as_float(block).norm(dim=-1).numpy() > self.limit
-                self.mask[slot, i : i + HARVEST_ROWS] = np.where(sinks, 0, mask)
+                self.mask[slot, here] = np.where(sinks, 0, mask)
                 self.sinks += int((sinks & (mask > 0)).sum())
         self.held[slot] = first % len(self)
         for a in self.rows[:3]:
@@ -1332,7 +1379,7 @@ def load_harvest(cfg, stop):
         rows = load_rows(cfg, tokenizer, "train")
         _, doc_id, valid, _ = rows
         cached = fits_cache(cfg, config, rows.tokens)
-        acts = cached_residuals(cfg, rows.tokens, stop=stop) if cached else Stream(cfg, config, rows, stop)
+        acts = cached_residuals(cfg, rows.tokens, stop=stop, together=True) if cached else Stream(cfg, config, rows, stop)
     N, T, d_in = acts.shape
     sample = np.linspace(0, N - 1, min(512, N)).astype(int)
     sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
@@ -1419,8 +1466,9 @@ class Trainer:
         """variance, rho: of the scaled activations (see Harvest)."""
         self.cfg, self.sae, self.variance, self.rho = cfg, sae.to(device), variance, rho
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
-        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and P,
+        self.moments = torch.zeros(5, self.n_bound, device=device)  # running variance, lag-1 covariance, D, P and E[z],
         self.n_moments = 0  # after so many updates from zero
+        self.threshold = torch.zeros((), device=device)  # what a batch's selection came down to; with l1 it is 0
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(sae.d_sae, device=device)  # tokens since a latent last fired
@@ -1445,12 +1493,12 @@ class Trainer:
         sae, ok, l1 = self.sae, mask.flatten() > 0, 0.0
         if self.cfg.sparsity == "l1":
             acts, l1, decoded = DenseCodes.apply(x.to(self.matmul_dtype), sae.W_enc, bias, sae.W_dec, ok)
-            pairs = None
+            pairs, self.dense = None, acts.detach()
         else:
             with torch.no_grad():
-                pairs, pre, threshold = select(sae, x, bias, ok, n_valid, self.matmul_dtype)
+                pairs, pre, self.threshold, self.dense = select(sae, x, bias, ok, n_valid, self.matmul_dtype)
                 if sae.sparsity == "batchtopk":
-                    sae.threshold.copy_(threshold)  # of this batch: the next one's hint; fit_threshold has the last word
+                    sae.threshold.copy_(self.threshold)  # the next batch's hint; fit_threshold has the last word
             acts = sae.activate(SparseEncode.apply(x, sae.W_enc, bias, pre, pairs)) * ok[pairs.token]
             decoded = SparseDecode.apply(acts, sae.W_dec, pairs)
         x_hat = decoded + sae.b_dec
@@ -1466,7 +1514,7 @@ class Trainer:
             return infonce_loss(codes, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
         ends, covariance = self.ends(x, bias, acts, pairs, mask, step)
         if cfg.temp_loss == "selective":
-            moments = ends.moments()
+            moments = *ends.moments(), ends.mean(ends.a + ends.b) / 2
             return selective_loss(*moments, *self.gate(ends.variance, covariance, *moments))
         return WINDOW_LOSSES[cfg.temp_loss](ends)
 
@@ -1484,22 +1532,20 @@ class Trainer:
             token, latent, here = pairs.token[:m], pairs.latent[:m], acts[:m]
         bound = ((token < n) & (latent < self.n_bound)).float()
         # 1 + where a (token, latent) stands among the selected, 0 if it does not; what is beyond the sample goes into row n
-        where = torch.zeros((n + 1) * d_sae, dtype=torch.long, device=x.device)
-        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, device=x.device)
+        where = torch.zeros((n + 1) * d_sae, dtype=torch.int32, device=x.device)
+        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, dtype=torch.int32, device=x.device)
         token, bound_latent = token.clamp(max=n - 1), latent.clamp(max=self.n_bound - 1)
 
         order, docs = self.reorder(mask, step)
         beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
         other, ok = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
-        place = (token + n * torch.arange(len(other), device=x.device)[:, None]).flatten()
-        x, listed = x[other.flatten()], make_pairs(place, latent.repeat(len(other)), other.numel(), d_sae)
-        with torch.no_grad():
-            pre = pair_dots(x, sae.W_enc.t(), place, listed.latent, listed.token_ptr) + bias[listed.latent]
-        there = sae.activate(SparseEncode.apply(x, sae.W_enc, bias, pre, listed)).view(len(other), -1)
-        both = where[other[:, token] * d_sae + latent] > 0
-        there = there * both if cfg.temp_codes == "post" else there
+        key = other[:, token] * d_sae + latent
+        both = where[key] > 0
         count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
         weight = ok[:, token] * bound * (1 - both.float() / 2) / count
+        there = self.look_up(x, bias, other, token, latent, both if cfg.temp_codes == "post" else self.near(key))
+        there = there * both if cfg.temp_codes == "post" else there
+        a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
 
         # moments of the codes themselves, in the true order also in the controls
         after, ok = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
@@ -1508,9 +1554,27 @@ class Trainer:
         sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, bound_latent, sums)
         n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), ok.sum()])).clamp(min=1)
         mean, square, product = agreed(sums) / torch.stack([n_valid, n_valid, n_pairs])[:, None]
-        ends = Ends(here.expand(len(other), -1).flatten(), there.flatten(), bound_latent.repeat(len(other)), weight.flatten(),
-                    square - mean.square(), cfg.window)
+        ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(), cfg.window)
         return ends, product - mean.square()
+
+    def near(self, key):
+        """key (O,m), places in the batch's dense product -> bool: whether a value other than 0 can be read there.
+
+        With soft one in six is. The product may be bfloat16, hence the margin."""
+        lowest = 1 - self.cfg.temp_fade if self.cfg.temp_codes == "soft" else 0.0 if self.sae.nonlinearity == "relu" else -math.inf
+        return self.dense.view(-1)[key] > (lowest - 0.05) * self.threshold
+
+    def look_up(self, x, bias, other, token, latent, some):
+        """Activations before selection, (O,m) float32, of latent[j] at token other[o,token[j]], where `some` (O,m) says so;
+        elsewhere 0. With their gradient."""
+        some = slice(None) if x.is_cuda else some.flatten().nonzero()[:, 0]  # (nonzero would wait for a GPU)
+        place = (token + len(other[0]) * torch.arange(len(other), device=x.device)[:, None]).flatten()[some]
+        x, latent = x[other.flatten()], latent.repeat(len(other))[some]
+        pairs = make_pairs(place, latent, len(x), self.sae.d_sae)
+        with torch.no_grad():
+            pre = pair_dots(x, self.sae.W_enc.t(), place, latent, pairs.token_ptr) + bias[latent]
+        found = self.sae.activate(SparseEncode.apply(x, self.sae.W_enc, bias, pre, pairs))
+        return (found if x.is_cuda else found.new_zeros(other[:, token].numel()).index_copy(0, some, found)).view(len(other), -1)
 
     def dense_codes(self, x, bias, acts, pairs, mask, step):
         """Codes (N,T,n_bound) of the sample and its mask (N,T), for losses that compare whole tokens. Of many processes each
@@ -1543,18 +1607,19 @@ class Trainer:
         return rows * T + columns, mask
 
     @torch.no_grad()
-    def gate(self, variance, covariance, difference, power):
-        """Running means of each bound latent's moments -> (flicker, weight), all (n_bound,), constants to the gradient.
+    def gate(self, *moments):
+        """Variance and lag-1 covariance of each bound latent's codes, and D, P and E[z] of what the loss reads (see
+        selective_loss) -> running (E[z], flicker, weight), all (n_bound,), constants to the gradient.
 
-        weight_i = min(1, rho_i / rho_x)^p / sqrt(Var_i * mean Var) / n: rho_i the latent's own autocorrelation, rho_x
-        the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
-        self.moments.lerp_(torch.stack([variance, covariance, difference, power]), 0.02)
+        weight_i = min(1, rho_i / rho_x)^p / sqrt((Var_i + mean Var) * mean Var) / n: rho_i the latent's own autocorrelation,
+        rho_x the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
+        self.moments.lerp_(torch.stack(moments), 0.02)
         self.n_moments += 1
-        variance, covariance, difference, power = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
+        variance, covariance, difference, power, mean = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
         gate = (rho / max(self.rho, 1e-3)).clamp(max=1) ** self.cfg.gate_power
-        weight = gate / ((variance + 0.05 * variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
-        return difference / power.clamp(min=1e-9), weight
+        weight = gate / ((variance + variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
+        return mean, difference / (power - 2 * mean.square()).clamp(min=1e-9), weight
 
     def auxk(self, x, bias, residual, ok):
         """AuxK (Gao et al. 2024): the dead latents with the largest pre-activations explain what is left over.
@@ -1877,7 +1942,7 @@ def claim(cfg):
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. Returns the contents of final_info.json."""
     run_dir, seeds = cfg.run_dir, range(cfg.seed, cfg.seed + cfg.n_seeds)
-    if RANK > 0:  # the first process writes and scores; the others wait for its harvest and train with it
+    if RANK > 0:  # the first process writes and scores; the others harvest and train with it
         todo = shared(None)
         harvest = load_harvest(cfg, stop) if todo else None
         for seed in todo:
@@ -1889,10 +1954,10 @@ def run(cfg, stop):
         try:
             # a seed is done when its cfg.json is there; what is in the way goes only when there is something to train on
             todo = [s for s in seeds if not (cfg.resume and (run_dir / f"seed_{s}" / "cfg.json").exists())]
+            shared(todo)
             harvest = load_harvest(cfg, stop) if todo else None
             if not cfg.resume:
                 claim(cfg)
-            shared(todo)
             for seed in todo:
                 sae = train(cfg, seed, harvest, stop)
                 acts, mask = (a[0] for a in harvest.sample)
