@@ -235,8 +235,8 @@ def bench_runs(sizes):
         for made in (*experiment.cache_root(cfg).glob("embedded-*"), Path(experiment.lm_path(cfg))):
             (cache / made.name).symlink_to(made)
         for tokens, d_sae in sizes:
-            flags = {"out_dir": f"{folder}/{tokens}_{d_sae}", "cache_dir": cache, "harvest_tokens": tokens, "train_tokens": 3 * tokens,
-                     "d_sae": d_sae, "eval_rows": 80, "reconstruction_rows": 16}
+            flags = {"out_dir": f"{folder}/{tokens}_{d_sae}", "cache_dir": cache, "harvest_tokens": tokens,
+                     "train_tokens": 3 * tokens, "d_sae": d_sae, "eval_rows": 80, "reconstruction_rows": 16}
             command = [sys.executable, experiment.__file__, *(str(word) for f, v in flags.items() for word in (f"--{f}", v))]
             began = time.perf_counter()
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1251,8 +1251,8 @@ def harvest_batches(cfg, tokens, batch_rows, folder, share, stop):
             return
         load_lm(cfg)
         acts, written = np.lib.format.open_memmap(folder / "acts.npy", "r+"), []
-        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1,
-                  disable=RANK > 0) as bar:
+        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True,
+                  mininterval=1, disable=RANK > 0) as bar:
             for i in todo:
                 block = harvested(cfg, tokens[i * batch_rows : (i + 1) * batch_rows])
                 acts[i * batch_rows : (i + 1) * batch_rows] = block
@@ -1555,7 +1555,8 @@ class Trainer:
         sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, bound_latent, sums)
         n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), together.sum()])).clamp(min=1)
         mean, square, product = agreed(sums) / torch.stack([n_valid, n_valid, n_pairs])[:, None]
-        ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(), cfg.window)
+        ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(),
+                    cfg.window)
         return ends, product - mean.square()
 
     def near(self, key):
@@ -1769,13 +1770,13 @@ def train(cfg, seed, harvest, stop):
                     checkpoint(run_dir, trainer, seed, step)
                 raise
             terms = trainer.step(x, mask, n_valid, step, log or save)  # on a GPU only these steps are checked for NaN
+            release(harvest.acts)  # else 20 steps' pages weigh as much as the rest
             tokens += n_valid
             if log:
                 line = {name: float(value) for name, value in terms.items()}
                 rate = tokens / (time.perf_counter() - began)
                 line = {"seed": seed, "step": step, "lr": trainer.lr(step), **line, "tokens_per_s": round(rate)}
                 log_file.write(json.dumps(line) + "\n"), log_file.flush()
-                release(harvest.acts)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}", tok_s=f"{rate:,.0f}", refresh=False)
             number = highest(stop.signal)  # all stop after the same step
             if (number or save) and RANK == 0:

@@ -7,7 +7,8 @@
 
 Each run is `python experiment.py --out_dir NAME` with the flags of its row: no model, loss or default lives here.
 A finished run (it has a final_info.json made with these settings) is skipped, an interrupted one is resumed (or begun again,
-if settings or experiment.py changed since), a failed one is reported at the end and does not stop the rest. After each run runs/study.csv is written anew: all scores, a row a run and seed.
+if settings or experiment.py changed since), a failed one is reported at the end and does not stop the rest. After each run
+runs/study.csv is written anew: all scores, a row a run and seed.
 """
 import argparse
 import csv
