@@ -105,12 +105,14 @@ class Config:
     # -- the temporal loss
     temp_loss: str = flag("selective", "see the section on losses",
                           ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline")
+    temp_alpha: float = flag(0.28, "weight of the temporal loss; 0 is the baseline")
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)")
     temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
                            "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
                            "always post; with l1 all three are the same)", ("soft", "pre", "post"))
     temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold")
+    temp_crowd: float = flag(0.2, "selective: a pair of tokens counts as 1 / (this + its active latents / their mean), so that a few "
+                             "crowded tokens do not have the most to say; very large: all count alike")
     temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
     temperature: float = flag(0.1, "infonce: of the softmax")
@@ -176,7 +178,7 @@ def check(cfg):
                  "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    for name in ("lr", "temperature", "temp_fade", "cache_gb", "buffer_gb"):
+    for name in ("lr", "temperature", "temp_fade", "temp_crowd", "cache_gb", "buffer_gb"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.temp_warmup > 0.5:
@@ -414,6 +416,19 @@ def partners(order, docs, offset):
     return other, same
 
 
+def uncrowded(active, ok, crowd):
+    """active, ok (...): latents active at either token of each pair of tokens, and 1. where the pair counts, else 0.
+    -> the pair's share, up to a factor: 1 / (crowd + active / their mean).
+
+    With equal shares most of a sum over latents comes from the tokens that have most of them, and what pays is to let dozens of
+    latents tell one persistent fact (notes.txt).
+    >>> uncrowded(torch.tensor([10., 30., 50.]), torch.tensor([1., 1., 0.]), 0.5)    # mean 20: 1 / (.5 + .5), 1 / (.5 + 1.5)
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    latents, pairs = agreed(torch.stack([(active * ok).sum(), ok.sum()]))
+    return ok / (crowd + active * pairs / latents.clamp(min=1))
+
+
 def make_pairs(token, latent, n_tokens, d_sae):
     """token (P,) sorted, latent (P,) -> Pairs. No host sync."""
     sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
@@ -545,9 +560,9 @@ class Ends(NamedTuple):
     """What a temporal loss sees: pairs of tokens less than `window` apart, each counted once, and of each the latents active at
     one end at least. (The others would add nothing with --temp_codes post, next to nothing with soft.)
 
-    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half
-    of it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance
-    (n_latents,): of the codes, a constant to the gradient."""
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): its token pair's share of all pairs (1 /
+    their number, or see `uncrowded`), half of it where the entry is listed from both its ends, 0 where the two tokens are not of
+    one document. variance (n_latents,): of the codes, a constant to the gradient."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -995,7 +1010,8 @@ def open_text(cfg, skip):
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
         files = [path] if path.is_file() else sorted(path.glob("*.txt"))
         return ((block, None) for block in itertools.islice(text_blocks(files), skip, None))
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
+    logging.set_verbosity(logging.CRITICAL)  # what is broken is said once, by us
     if path.exists():
         files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
         kind = "parquet" if files and files[0].endswith(".parquet") else "json"
@@ -1539,11 +1555,14 @@ class Trainer:
 
         order, docs = self.reorder(mask, step)
         beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
-        other, ok = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
+        other, share = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
         key = other[:, token] * d_sae + latent
         both = where[key] > 0
-        count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
-        weight = ok[:, token] * bound * (1 - both.float() / 2) / count
+        if cfg.temp_loss == "selective":
+            active, common = (torch.zeros_like(share).index_add(1, token, w * bound) for w in (torch.ones_like(both), both))
+            share = uncrowded(active + active.gather(1, other) - common, share, cfg.temp_crowd)
+        count = agreed(share.sum()).clamp(min=1e-8) / 2  # every pair of tokens is seen from both its ends
+        weight = share[:, token] * bound * (1 - both.float() / 2) / count
         read = (both if cfg.temp_codes == "post" else self.near(key)) & (bound > 0)
         there = self.look_up(x, bias, other, token, latent, read)
         a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))

@@ -901,7 +901,7 @@ def test_the_examples_in_the_docstrings_hold():
 
 
 def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean=None, flicker=None, weight=None,
-                     codes=None):
+                     codes=None, crowd=.2):
     """The temporal losses as loops over pairs of tokens. z, active (N,T,F), mask (N,T): the document of a token, 0 = none."""
     codes = z * active if codes is None else codes
     N, T = mask.shape
@@ -914,14 +914,20 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean
             a, b = F.normalize(a, dim=1, eps=1e-6), F.normalize(b, dim=1, eps=1e-6)
         logits, own = a @ b.T / temperature, torch.arange(len(pairs))
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    difference = sum((z[n, s] - z[n, t]) ** 2 * (active[n, s] | active[n, t]) for n, s, t in pairs) / len(pairs)
-    power = sum((z[n, s] ** 2 + z[n, t] ** 2) * (active[n, s] | active[n, t]) for n, s, t in pairs) / len(pairs)
+    either = [active[n, s] | active[n, t] for n, s, t in pairs]
+    share = torch.ones(len(pairs))
+    if name == "selective":  # a crowded pair counts for less
+        crowded = torch.stack([e.sum() for e in either]).float()
+        share = 1 / (crowd + crowded / crowded.mean())
+    share = share / share.sum()
+    difference = sum(w * (z[n, s] - z[n, t]) ** 2 * e for w, e, (n, s, t) in zip(share, either, pairs))
+    power = sum(w * (z[n, s] ** 2 + z[n, t] ** 2) * e for w, e, (n, s, t) in zip(share, either, pairs))
     if name == "variance":
         return (window - 1) / window * difference.sum() / power.sum()
     if name == "autocorr":
         return difference.sum() / (2 * torch.stack([codes[n, t] for n, t in valid]).var(0, correction=0).sum().detach())
     if name == "selective":
-        mean = sum((z[n, s] + z[n, t]) / 2 * (active[n, s] | active[n, t]) for n, s, t in pairs) / len(pairs)
+        mean = sum(w * (z[n, s] + z[n, t]) / 2 * e for w, e, (n, s, t) in zip(share, either, pairs))
         return (weight * (difference - flicker * (power - 2 * running_mean * (2 * mean - running_mean)))).sum() / 2
     return difference.sum()
 
