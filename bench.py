@@ -273,7 +273,9 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="of the truth test")
     args, flags = parser.parse_known_args(argv)
     if args.truth:
-        return truth(flags, args.seeds, args.out or "truth.json")
+        if args.acts or args.d_sae != parser.get_default("d_sae"):
+            parser.error("--truth makes activations of its own and has 256 latents: no --acts, no --d_sae")
+        return truth([*flags, "--device", args.device], args.seeds, args.out or "truth.json")
     if flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     rows = []

@@ -1398,7 +1398,14 @@ def load_harvest(cfg, stop):
         acts = cached_residuals(cfg, rows.tokens, stop=stop, together=True) if cached else Stream(cfg, config, rows, stop)
     N, T, d_in = acts.shape
     sample = np.linspace(0, N - 1, min(512, N)).astype(int)
-    sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
+    sample_mask = (doc_id[sample] + 1) * valid[sample]
+    if isinstance(acts, Stream):
+        sample_acts = acts[sample]
+    else:
+        sample_acts = np.empty((len(sample), T, d_in), acts.dtype)
+        for place, row in enumerate(sample):
+            sample_acts[place] = acts[row]
+            release(acts)  # for a row the system maps megabytes of the file
     if not sample_mask.any():
         raise ValueError("no valid token is left to train on")
     x = as_float(sample_acts)
@@ -1538,8 +1545,8 @@ class Trainer:
     def ends(self, x, bias, acts, pairs, mask, step):
         """-> (Ends of the sample's tokens, lag-1 covariance of the codes (n_bound,)).
 
-        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part,
-        with a gradient of its own, also where it lost the selection. All of it is sparse."""
+        Each active latent of a token is looked up at the tokens beside it, also where it lost the selection there (if not
+        temp_codes post): so a neighbour takes part with a gradient of its own. All of it is sparse."""
         cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
         if pairs is None:
             token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
@@ -1557,14 +1564,16 @@ class Trainer:
         beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
         other, share = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
         key = other[:, token] * d_sae + latent
-        both = where[key] > 0
+        selected = where[key]
+        both = selected > 0
         if cfg.temp_loss == "selective":
             active, common = (torch.zeros_like(share).index_add(1, token, w * bound) for w in (torch.ones_like(both), both))
             share = uncrowded(active + active.gather(1, other) - common, share, cfg.temp_crowd)
         count = agreed(share.sum()).clamp(min=1e-8) / 2  # every pair of tokens is seen from both its ends
         weight = share[:, token] * bound * (1 - both.float() / 2) / count
-        read = (both if cfg.temp_codes == "post" else self.near(key)) & (bound > 0)
-        there = self.look_up(x, bias, other, token, latent, read)
+        there = here.index_select(0, (selected - 1).clamp(min=0).flatten()).view_as(both) * both  # is known already
+        if cfg.temp_codes != "post":
+            there = there + self.look_up(x, bias, other, token, latent, self.near(key) & ~both & (bound > 0))
         a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
 
         # moments of the codes themselves, in the true order also in the controls
