@@ -7,7 +7,8 @@
 
 Each run is `python experiment.py --out_dir NAME` with the flags of its row: no model, loss or default lives here.
 A finished run (it has a final_info.json made with these settings) is skipped, an interrupted one is resumed (or begun again,
-if settings or experiment.py changed since), a failed one is reported at the end and does not stop the rest. After each run
+if settings or experiment.py changed since), a failed one is reported at the end and does not stop the rest. A record without
+weights that has other settings is made anew; with its weights there, it is yours, and the run fails instead. After each run
 runs/study.csv is written anew: all scores, a row a run and seed.
 """
 import argparse
@@ -15,9 +16,11 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -75,7 +78,7 @@ COLUMNS = "temp_loss temp_alpha window temp_codes temp_chunks k train_tokens tem
 
 
 def settings(name):
-    """The recorded settings of a run. One that was made before a Config field existed did what that field's default does."""
+    """The recorded settings of a run. Where it is older than a Config field, that field does not concern it: its default."""
     return experiment.asdict(experiment.Config()) | json.loads((experiment.RUNS / name / "config.json").read_text())
 
 
@@ -129,16 +132,18 @@ def visited(name, since):
 
 def resumable(name):
     """Whether what is in a run's directory was made with the settings wanted now and by this experiment.py."""
-    saved = experiment.comparable(experiment.Config(**settings(name)))
+    saved = settings(name)
     same_source = experiment.made_by(experiment.RUNS / name) == experiment.hashlib.sha256(experiment.SOURCE.encode()).hexdigest()
-    return same_source and saved == experiment.comparable(wanted(name))
+    return same_source and all(saved[k] == v for k, v in experiment.comparable(wanted(name)).items())
 
 
 def start(name, jobs):
     """Start one run as a process of its own; its stderr goes to a log beside the runs that git ignores."""
     folder = experiment.RUNS / name
     begun = (folder / "checkpoint").exists() or list(folder.glob("seed_*/cfg.json"))
-    again = ["--resume"] if begun and resumable(name) else ["--overwrite"]
+    finished = (folder / "final_info.json").exists() and list(folder.glob("seed_*/sae_weights.safetensors"))
+    # a finished run with weights and other settings is the user's: without --overwrite experiment.py leaves it alone
+    again = ["--resume"] if begun and resumable(name) else [] if finished else ["--overwrite"]
     command = [sys.executable, experiment.__file__, "--out_dir", name, *STUDY[name], *again]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))  # more threads than cores spin against each other
     log = open(experiment.RUNS / f"{name}.log.part", "w")
@@ -154,6 +159,9 @@ def run_all(names, jobs):
                mininterval=2, miniters=0)
     try:
         while waiting or running:
+            if waiting and Path(experiment.__file__).read_text() != experiment.SOURCE:  # one study, one source
+                failed |= dict.fromkeys(waiting, "not started: experiment.py was edited since the study began")
+                waiting.clear()
             # the first run harvests for all: the next one starts when that one trains
             while waiting and len(running) < (jobs if bar.n > bar.initial else 1):
                 name = waiting.pop(0)
@@ -164,23 +172,26 @@ def run_all(names, jobs):
                     over += size(name)
                     log = experiment.RUNS / f"{name}.log.part"
                     if process.returncode:
-                        failed[name] = (log.read_text().strip().splitlines() or [f"exit {process.returncode}"])[-1]
-                    log.unlink()
+                        words = (log.read_text().strip().splitlines() or [""])[-1]
+                        failed[name] = f"exit {process.returncode}, see {log}; last words: {words}"
+                    else:
+                        log.unlink()
                     write_csv()
             bar.set_postfix_str(f"{len(names) - len(waiting) - len(running)}/{len(names)} runs", refresh=False)
             bar.update(over + sum(visited(name, since) for name, (since, _) in running.items()) - bar.n)
             time.sleep(0.2)
-    except KeyboardInterrupt:
-        for _, process in running.values():  # they save what they have and can be resumed
+    finally:  # those that are still at work when we are stopped save what they have and can be resumed
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
             process.wait()
-        raise
-    bar.close()
+        bar.close()
     write_csv()
     return failed
 
 
 def main(argv=None):
-    """The command. Exit code 0, 1 if a run failed, 2 bad usage, 130 interrupted."""
+    """The command. Exit code 0, 1 if a run failed, 2 bad usage, 130 or 143 stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="runs of the table; all if none is named")
     parser.add_argument("--list", action="store_true", help="print the table and stop")
@@ -196,11 +207,12 @@ def main(argv=None):
         for name in names:
             print(f"{name:24s} {'done' if done(name) else '':5s} {' '.join(STUDY[name])}")
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         failed = run_all(names, args.jobs)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
         print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return getattr(stopped, "code", 130)
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
