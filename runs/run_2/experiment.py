@@ -14,9 +14,13 @@ consistency.json and final_info.json (the headline numbers).
 """
 import argparse
 import contextlib
+import ctypes
+import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import mmap
@@ -38,6 +42,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -49,7 +54,10 @@ from evaluate import write_json
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun: which process
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # this is, and of how many
 TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet")
+RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a stalled stream of text is taken up again
 EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wheels; need no hub and no account
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,9 +86,12 @@ class Config:
     text_field: str = flag("text", "column of a hub or local data set that holds the text")
     acts: str = flag("", ".npy file (N,T,d_in) of your own activations instead of an LM and text")
     context_size: int = flag(128, "tokens a row, BOS included")
-    harvest_tokens: int = flag(524_288, "distinct training tokens to cache (rounded up to whole rows)")
+    harvest_tokens: int = flag(524_288, "distinct training tokens (rounded up to whole rows)")
     eval_rows: int = flag(464, "held-out rows, from documents that are never trained on")
-    reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL; the rest for the variance metrics")
+    reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL (0: neither); the rest for the "
+                                    "variance metrics")
+    cache_gb: float = flag(20.0, "most that the harvest may take on disk; a larger one streams through a buffer in memory")
+    buffer_gb: float = flag(1.0, "size of that buffer")
     cache_dir: str = flag("", "tokens, activations and the embedded wheels; default ~/.cache/temporal-sae")
     # -- the sparse autoencoder
     d_sae: int = flag(2304, "latents")
@@ -92,18 +103,21 @@ class Config:
     skip: bool = flag(False, "add a learned linear bypass of the codes (it can learn the identity: read notes.txt)")
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent, b_dec = 0", ("tied", "xavier"))
     # -- the temporal loss
-    temp_loss: str = flag("selective", "see the section on losses", ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.09, "weight of the temporal loss; 0 is the baseline")
-    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
-    temp_codes: str = flag("pre", "what it reads: pre, the activations before selection wherever a latent of the window is "
-                           "active; post, the codes themselves", ("pre", "post"))
-    temp_chunks: int = flag(8, "chunks of a batch that it reads each step: an unbiased sample, so cheap")
+    temp_loss: str = flag("selective", "see the section on losses",
+                          ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
+    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline")
+    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)")
+    temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
+                           "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
+                           "always post; with l1 all three are the same)", ("soft", "pre", "post"))
+    temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold")
+    temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
     temperature: float = flag(0.1, "infonce: of the softmax")
     temporal_fraction: float = flag(1.0, "share of the dictionary (its first latents) that the temporal loss binds")
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by that share alone (Bussmann et al. 2025); 0 is off")
     control: str = flag("none", "break the order that the temporal loss sees: its neighbours come from other documents, or "
-                        "tokens are permuted inside their document", ("none", "other_docs", "permuted"))
+                        "tokens are permuted inside their document's part of a chunk", ("none", "other_docs", "permuted"))
     # -- training
     train_tokens: int = flag(3_000_000, "token visits; the harvest is gone round as often as needed")
     batch_size: int = flag(4096, "tokens a step")
@@ -111,11 +125,11 @@ class Config:
     lr: float = flag(6e-3, "Adam's peak learning rate")
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant", ("cosine", "constant"))
     warmup_steps: int = flag(50, "linear warm-up of the learning rate")
-    temp_warmup: float = flag(0.1, "share of training without the temporal loss; it is ramped up over as much again")
+    temp_warmup: float = flag(0.1, "share of training without the temporal loss, at most .5; it is ramped up over as much again")
     grad_clip: float = flag(1.0, "gradient norm; 0 is off")
     auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); 0 is off")
     dead_tokens: int = flag(100_000, "a latent that has not fired for so many tokens counts as dead")
-    matmul_dtype: str = flag("auto", "of the encoder's dense product (selection only; values and gradients are float32)",
+    matmul_dtype: str = flag("auto", "of the dense products: selection, the temporal sample, AuxK and l1; all else is float32",
                              ("auto", "bfloat16", "float32"))
     # -- housekeeping
     log_every: int = flag(20, "steps between lines of log.jsonl")
@@ -150,29 +164,39 @@ def check(cfg):
             raise ValueError(f"--{f.name} must be a finite number, not {value}")
     if Path(cfg.out_dir).name in ("", "..") or cfg.run_dir.is_file():
         raise ValueError(f"--out_dir {cfg.out_dir} does not name a directory of its own")
-    for name in ("n_seeds", "harvest_tokens", "eval_rows", "reconstruction_rows", "d_sae", "k", "window",
-                 "train_tokens", "batch_size", "chunk_size", "temp_chunks", "log_every", "checkpoint_every", "dead_tokens"):
+    for name in ("n_seeds", "harvest_tokens", "eval_rows", "d_sae", "k", "window", "train_tokens",
+                 "batch_size", "chunk_size", "temp_chunks", "log_every", "checkpoint_every", "dead_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.seed + cfg.n_seeds > 2**63:
         raise ValueError(f"--seed {cfg.seed} is too large: it must fit 63 bits")
     if cfg.context_size < 2:
         raise ValueError("--context_size must be at least 2: a row starts with BOS")
-    for name in ("seed", "layer", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha", "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
+    for name in ("seed", "layer", "reconstruction_rows", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha",
+                 "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    for name in ("lr", "temperature"):
+    for name in ("lr", "temperature", "temp_fade", "cache_gb", "buffer_gb"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if cfg.window > cfg.context_size:
-        raise ValueError(f"--window {cfg.window} is larger than --context_size {cfg.context_size}")
+    if cfg.temp_warmup > 0.5:
+        raise ValueError(f"--temp_warmup {cfg.temp_warmup} is above .5: the temporal loss would never reach its weight")
+    if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size) // WORLD:
+        raise ValueError(f"--control other_docs needs at least --window {cfg.window} chunks: raise --temp_chunks")
+    if cfg.sparsity == "l1" and cfg.nonlinearity != "relu":
+        raise ValueError("--sparsity l1 is for --nonlinearity relu: gelu's codes are hardly ever zero")
+    if cfg.matryoshka_alpha and (cfg.sparsity == "l1" or cfg.temporal_fraction == 1):
+        raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk and needs a --temporal_fraction below 1")
     if cfg.window > cfg.chunk_size:
         raise ValueError(f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}; raise --chunk_size")
     if not cfg.acts and cfg.context_size % cfg.chunk_size:
         raise ValueError(f"--chunk_size {cfg.chunk_size} must divide --context_size {cfg.context_size}")
     if cfg.batch_size % cfg.chunk_size:
         raise ValueError(f"--chunk_size {cfg.chunk_size} must divide --batch_size {cfg.batch_size}")
-    if cfg.k > cfg.d_sae:
+    for name, chunks in (("batch_size", cfg.batch_size // cfg.chunk_size), ("temp_chunks", cfg.temp_chunks)):
+        if chunks % WORLD:
+            raise ValueError(f"--{name}: its {chunks} chunks cannot be shared evenly by {WORLD} processes")
+    if cfg.k > cfg.d_sae and cfg.sparsity != "l1":
         raise ValueError(f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}")
     if not 0 < cfg.temporal_fraction <= 1:
         raise ValueError(f"--temporal_fraction must be in (0, 1], got {cfg.temporal_fraction}")
@@ -195,7 +219,8 @@ def check(cfg):
 
 def pick_device(name):
     """auto means cuda, then cpu. mps has returned wrong numbers on several torch releases: only by name."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return f"cuda:{LOCAL_RANK}" if name == "cuda" else name
 
 
 def pick_dtype(name, device):
@@ -288,6 +313,69 @@ class SAE(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Many processes, one run (torchrun): each has every WORLD-th chunk of a batch, and all that a step decides is agreed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join(device):
+    """Meet the other processes that torchrun started: gloo for what is on the host, nccl for what is on a GPU."""
+    if WORLD > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one may be busy with its disk
+
+
+def agreed(tensor):
+    """Sum a tensor over the processes, in place. With one process there is nothing to do, here and below."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def total(tensor):
+    """The processes' sum of a tensor that carries a gradient. Divide what is made of it by WORLD: the processes' losses and
+    gradients are summed, and the derivative that arrives here must count once."""
+    return tensor if WORLD == 1 else agreed(tensor.detach().clone()) + WORLD * (tensor - tensor.detach())
+
+
+def highest(number):
+    """The largest of the processes' whole numbers. On the host, so that a GPU need not wait."""
+    if WORLD > 1:
+        box = torch.tensor(number)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        number = int(box)
+    return number
+
+
+def gathered(tensor):
+    """The processes' values (P,), of any lengths, one after the other."""
+    if WORLD == 1:
+        return tensor
+    lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(WORLD)]
+    dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+    longest = int(max(lengths))
+    parts = [tensor.new_empty(longest) for _ in range(WORLD)]
+    dist.all_gather(parts, F.pad(tensor, (0, longest - len(tensor))))
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths)])
+
+
+def interleaved(chunks):
+    """The processes' chunks (N, ...), N the same for all, in the order that one process would have them in."""
+    if WORLD == 1:
+        return chunks
+    parts = [torch.empty_like(chunks) for _ in range(WORLD)]
+    dist.all_gather(parts, chunks.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def shared(value):
+    """The first process's `value` (anything that can be pickled), in all of them."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Sparse algebra: with 32 of 2304 latents active only the encoder's product has to be dense
 # ------------------------------------------------------------------------------------------------------------
 
@@ -309,6 +397,21 @@ class Pairs(NamedTuple):
 def edges(keys, n):
     """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at edges[i]:edges[i+1]. No host sync."""
     return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device, dtype=keys.dtype))
+
+
+def partners(order, docs, offset):
+    """order (N,T): N*T tokens as they stand beside each other, docs (N,T): the document at each place, 0 = none.
+    -> for each token the one `offset` places on, and 1. where both are of one document, else 0.; both (N*T,)
+
+    >>> partners(torch.tensor([[0, 1, 2]]), torch.tensor([[5, 5, 6]]), 1)
+    (tensor([1, 2, 2]), tensor([1., 0., 0.]))
+    """
+    there = torch.arange(docs.shape[1], device=docs.device) + offset
+    inside, there = (there >= 0) & (there < docs.shape[1]), there.clamp(0, docs.shape[1] - 1)
+    ok = inside & (docs == docs[:, there]) & (docs > 0)
+    other, same = torch.empty_like(order.flatten()), torch.empty(order.numel(), device=docs.device)
+    other[order.flatten()], same[order.flatten()] = order[:, there].flatten(), ok.flatten().float()
+    return other, same
 
 
 def make_pairs(token, latent, n_tokens, d_sae):
@@ -367,13 +470,41 @@ class SparseDecode(torch.autograd.Function):
         return pair_dots(grad, W_dec, p.token, p.latent, p.token_ptr), sum_by_latent(acts, grad, p), None
 
 
+class DenseCodes(torch.autograd.Function):
+    """The l1 form, where at first every second latent is active: acts (B,d_sae), their sum, and acts @ W_dec (B,d_in).
+
+    Beside five dense products each more pass over (B,d_sae) numbers counts: they stay in the products' dtype,
+    that of x, and what autograd would do in fifteen passes is done in eight."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, bias, W_dec, mask):
+        W_dec = W_dec.to(x.dtype)
+        acts = F.linear(x, W_enc.t().to(x.dtype)).add_(bias.to(x.dtype)).relu_().mul_(mask[:, None].to(x.dtype))
+        ctx.save_for_backward(x, acts, W_dec)
+        ctx.set_materialize_grads(False)
+        return acts, acts.sum(1).float().sum(), (acts @ W_dec).float()
+
+    @staticmethod
+    def backward(ctx, grad_acts, grad_sum, grad):
+        x, acts, W_dec = ctx.saved_tensors
+        grad = torch.zeros_like(x) if grad is None else grad.to(x.dtype)
+        inner = grad @ W_dec.t()
+        if grad_sum is not None:  # L1 pulls at every active code alike
+            inner += grad_sum
+        if grad_acts is not None:  # a temporal loss
+            inner += grad_acts
+        torch.ops.aten.threshold_backward(inner, acts, 0, grad_input=inner)  # relu's own, in place: 0 where acts is 0
+        return None, (inner.t() @ x).float().t(), inner.sum(0).float(), (acts.t() @ grad).float(), None
+
+
 def select(sae, x, bias, mask, n_valid, matmul_dtype):
     """Choose the active pairs of a batch without sorting all of it.
 
     x (B,d_in), mask (B,) bool, n_valid = mask.sum() known on the host; sae.threshold is the last step's.
     The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
-    computed in float32 and the k per token, or k*n_valid per batch, are cut from those.
-    Returns Pairs, their pre-activations (P,) in float32, and the smallest selected one (0-dim tensor).
+    computed in float32 and the k per token, or k*n_valid per batch (of all processes), are cut from those.
+    Returns Pairs, their pre-activations (P,) in float32, the threshold (0-dim tensor: the smallest selected one; with topk the
+    mean over valid tokens of each token's smallest), and the dense product (B,d_sae), with batchtopk -inf at invalid tokens.
     """
     n, keep = len(x), sae.k * n_valid
     dense = F.linear(x.to(matmul_dtype), sae.W_enc.t().to(matmul_dtype), bias.to(matmul_dtype))
@@ -381,23 +512,28 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
         token = torch.arange(n, device=x.device).repeat_interleave(sae.k)
         latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
     elif x.is_cuda:  # nonzero would wait for the GPU; a global top-k is fast there and of fixed size
-        flat = dense.masked_fill(~mask[:, None], -torch.inf).flatten().topk(keep, sorted=False).indices.sort().values
+        most = min(keep, 2 * keep // WORLD)  # of many processes none is expected to hold twice its share
+        flat = dense.masked_fill(~mask[:, None], -torch.inf).flatten().topk(most, sorted=False).indices.sort().values
         token, latent = flat // sae.d_sae, flat % sae.d_sae
     else:  # a global top-k costs three times the matmul here; counting above a hint costs a tenth
         dense.index_fill_(0, (~mask).nonzero()[:, 0], -torch.inf)
         for slack in (0.9, 0.6, 0.0):
             flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
-            if len(flat) >= keep:
+            if agreed(torch.tensor(len(flat))) >= keep:
                 break
         token = flat // sae.d_sae
         latent = flat - token * sae.d_sae
     pre = pair_dots(x, sae.W_enc.t(), token, latent, edges(token, n)) + bias[latent]
-    threshold = pre.min() if len(pre) else bias.new_zeros(())
-    if sae.sparsity == "batchtopk" and len(pre) > keep:  # what the hint let through beyond k a token
-        threshold = pre.topk(keep, sorted=False).values.min()
+    if sae.sparsity == "topk":
+        least = agreed((pre.view(n, -1).amin(1) * mask).sum()) / max(n_valid, 1)
+        return make_pairs(token, latent, n, sae.d_sae), pre, least, dense
+    everyone = gathered(pre)
+    threshold = everyone.min() if len(everyone) else bias.new_zeros(())
+    if len(everyone) > keep:  # what the hint let through beyond k a token
+        threshold = everyone.topk(keep, sorted=False).values.min()
         chosen = (pre >= threshold).nonzero()[:, 0]
         token, latent, pre = token[chosen], latent[chosen], pre[chosen]
-    return make_pairs(token, latent, n, sae.d_sae), pre, threshold
+    return make_pairs(token, latent, n, sae.d_sae), pre, threshold, dense
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -405,87 +541,108 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
 # ------------------------------------------------------------------------------------------------------------
 
 
-# z (N,T,F): codes of F latents at N chunks of T neighbouring tokens, zero where a latent does not take part.
-# mask (N,T) int: the document a token belongs to, 0 = not valid. A pair never leaves its document.
+class Ends(NamedTuple):
+    """What a temporal loss sees: pairs of tokens less than `window` apart, each counted once, and of each the latents active at
+    one end at least. (The others would add nothing with --temp_codes post, next to nothing with soft.)
+
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half
+    of it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance
+    (n_latents,): of the codes, a constant to the gradient."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    latent: torch.Tensor
+    weight: torch.Tensor
+    variance: torch.Tensor
+    window: int
+
+    def mean(self, values):
+        """values (M,) -> (n_latents,): for each latent the mean over all pairs of tokens.
+
+        >>> a, b, latent, half = torch.tensor([1., 3.]), torch.tensor([3., 3.]), torch.tensor([0, 0]), torch.full((2,), 0.5)
+        >>> two = Ends(a, b, latent, half, torch.ones(1), 2)
+        >>> two.mean((two.a - two.b).square())       # pairs (1,3), (3,3): (4 + 0) / 2
+        tensor([2.])
+        """
+        return total(torch.zeros_like(self.variance).index_add(0, self.latent, values * self.weight))
+
+    def moments(self):
+        """Per latent, means over all pairs: (z_t - z_s)^2 and z_t^2 + z_s^2, both (n_latents,)."""
+        return self.mean((self.a - self.b).square()), self.mean(self.a.square() + self.b.square())
 
 
-def neighbours(z, mask, lag):
-    """(z_t, z_{t+lag}, ok (N,T-lag,1) float: both valid and of one document)."""
-    ok = (mask[:, :-lag] == mask[:, lag:]) & (mask[:, lag:] > 0)
-    return z[:, :-lag], z[:, lag:], ok.unsqueeze(-1).float()
+def sqdiff_loss(ends):
+    """Mean over pairs less than `window` apart of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
 
-
-def pair_moments(z, mask, window, active=None):
-    """Per latent, means over all pairs less than `window` apart: (z_t - z_s)^2 and z_t^2 + z_s^2, both (F,).
-
-    With active (N,T,F) bool a pair adds only where the latent is active at one of its two ends.
-
-    >>> d, p = pair_moments(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2)   # pairs (1,3), (3,3)
-    >>> d, p
-    (tensor([2.]), tensor([14.]))
+    >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2)
+    >>> sqdiff_loss(one)       # (1 - 3)^2
+    tensor(4.)
     """
-    power = product = count = 0.0
-    squares = z.square()
-    for lag in range(1, window):
-        a, b, ok = neighbours(z, mask, lag)
-        count = count + ok.sum()
-        if active is not None:
-            ok = ok * (active[:, :-lag] | active[:, lag:])
-        power = power + ((squares[:, :-lag] + squares[:, lag:]) * ok).sum((0, 1))
-        product = product + (a * b * ok).sum((0, 1))
-    count = count.clamp(min=1)
-    return (power - 2 * product) / count, power / count
+    return ends.moments()[0].sum()
 
 
-def sqdiff_loss(z, mask, window, active=None):
-    """Mean over the pairs in a sliding window of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
-
-    >>> sqdiff_loss(torch.tensor([[[1.], [3.], [3.]]]), torch.ones(1, 3).int(), 2)   # (4 + 0) / 2
-    tensor(2.)
-    """
-    return pair_moments(z, mask, window, active)[0].sum()
-
-
-def variance_loss(z, mask, window, active=None):
+def variance_loss(ends):
     """Variance inside the window over mean square, sum_i E[Var_win z_i] / sum_i E[z_i^2]: blind to scale.
 
     Var of a window of w is (w-1)/w times half the mean squared difference of its pairs.
-    >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2).int(), 2)       # ((2-1)^2 + (2-3)^2)/2 / 5
+    >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2)
+    >>> variance_loss(one)     # 1 / 5
     tensor(0.2000)
     """
-    difference, power = pair_moments(z, mask, window, active)
-    return (window - 1) / window * difference.sum() / power.sum().clamp(min=1e-8)
+    difference, power = ends.moments()
+    return (ends.window - 1) / ends.window * difference.sum() / power.sum().clamp(min=1e-8)
 
 
-def autocorr_loss(z, mask, window, active=None):
-    """1 - autocorrelation, sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
+def autocorr_loss(ends):
+    """1 - autocorrelation (of codes, with --temp_codes post), sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
 
     The variance is a constant to the gradient: otherwise growing it would be the cheapest way down.
-    >>> autocorr_loss(torch.tensor([[[0.], [0.], [2.], [2.]]]), torch.ones(1, 4).int(), 2)   # (4/3) / (2*1)
-    tensor(0.6667)
+    >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.tensor([5.]), 2)
+    >>> autocorr_loss(one)     # 4 / (2 * 5)
+    tensor(0.4000)
     """
-    valid = (mask > 0).unsqueeze(-1).float()
-    with torch.no_grad():
-        mean = (z * valid).sum((0, 1)) / valid.sum().clamp(min=1)
-        variance = ((z - mean).square() * valid).sum() / valid.sum().clamp(min=1)
-    return sqdiff_loss(z, mask, window, active) / (2 * variance.clamp(min=1e-8))
+    return ends.moments()[0].sum() / (2 * ends.variance.sum().clamp(min=1e-8))
 
 
-def selective_loss(difference, power, flicker, weight):
-    """sum_i weight_i * (D_i - flicker_i * P_i) / 2, with D, P = pair_moments and flicker_i a running D_i / P_i.
+def selective_loss(difference, power, mean, running_mean, flicker, weight):
+    """sum_i weight_i * (D_i - flicker_i * S_i) / 2, with D = E[(z_t - z_s)^2], S = E[z_t^2 + z_s^2] - 2 E[z]^2.
 
-    Its gradient is that of each latent's flicker D_i / P_i = 1 - 2 E[z_t z_s] / E[z_t^2 + z_s^2], a quantity that no
-    rescaling changes, so there is nothing to gain from shrinking. `weight` (see Trainer.gate) lets go of latents
-    that do not prove slow: smoothing everything alike blends features (notes.txt).
-    >>> selective_loss(torch.tensor([2.]), torch.tensor([14.]), torch.tensor([0.1]), torch.ones(1))  # (2 - 1.4) / 2
-    tensor(0.3000)
+    flicker_i is a running D_i / S_i = 1 - rho_i, so the gradient is that of 1 - rho_i itself, which no rescaling changes
+    and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E[z]^2 enters by its
+    tangent at the running mean, 2 m E[z] - m^2, because the square of a small sample's mean is biased. `weight` (see
+    Trainer.gate) lets go of latents that do not prove slow: smoothing everything alike blends features (notes.txt).
+    The value itself stays around 0: what it does shows in temporal_grad_ratio.
+
+    All (n_latents,). With D = 2, E[z_t^2 + z_s^2] = 14, E[z] = m = 1: S = 14 - 2 * (2 - 1) = 12, and (2 - .1 * 12) / 2:
+    >>> one = torch.ones(1)
+    >>> selective_loss(2 * one, 14 * one, one, one, 0.1 * one, one)
+    tensor(0.4000)
     """
-    return (weight * (difference - flicker * power)).sum() / 2
+    spread = power - 2 * running_mean * (2 * mean - running_mean)
+    return (weight * (difference - flicker * spread)).sum() / 2
+
+
+def fade(pre, threshold, width):
+    """pre (...) -> (...): 0 up to (1 - width) * threshold, pre itself from (1 + width) * threshold on, a ramp between.
+
+    Like a code, but with a gradient for what is nearly selected, or only just: there flicker arises.
+    >>> fade(torch.tensor([1., 4., 8.]), torch.tensor(4.), 0.5)    # half of what stands at the threshold
+    tensor([0., 2., 8.])
+    """
+    return pre * ((pre - threshold) / (2 * width * threshold.clamp(min=1e-8)) + 0.5).clamp(0, 1)
+
+
+def neighbours(z, mask, lag):
+    """z (N,T,F) at N chunks of T tokens, mask (N,T) the document of each, 0 = not valid -> (z_t, z_{t+lag}, ok (N,T-lag,1)
+    float: both valid and of one document)."""
+    ok = (mask[:, :-lag] == mask[:, lag:]) & (mask[:, lag:] > 0)
+    return z[:, :-lag], z[:, lag:], ok.unsqueeze(-1).float()
 
 
 def infonce_loss(z, mask, temperature, cosine=True):
     """Symmetric InfoNCE: z_t must be told from all other tokens' codes by its neighbour z_{t+1} (Bhalla et al. 2025).
 
+    z (N,T,F) codes, mask (N,T): see `neighbours`. Other tokens of its own document count as strangers.
     cosine: of cosines over the temperature (their paper, at 1); else of raw inner products (their released code).
     >>> infonce_loss(torch.eye(2).repeat_interleave(2, 0).view(2, 2, 2), torch.ones(2, 2).int(), 1.0)  # log(1 + 1/e)
     tensor(0.3133)
@@ -510,8 +667,9 @@ WINDOW_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": a
 
 
 def say(text):
-    """A line for the person who waits, on stderr, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """A line for the person who waits, on stderr, above a progress bar if there is one; of many processes the first's."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def first_line(error):
@@ -520,12 +678,13 @@ def first_line(error):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; whatever was under way has been saved."""
+    """SIGINT or SIGTERM (its number is the argument) arrived; whatever was under way has been saved."""
 
 
 class Stop:
     """SIGINT and SIGTERM: inside `with stop.deferred():` the first one only sets a flag, which the loop looks at when
-    a step is whole; elsewhere it raises Interrupted on the spot. A second one leaves at once."""
+    a step is whole; elsewhere it raises Interrupted on the spot. The same one again leaves at once (under torchrun
+    Ctrl-C arrives as SIGINT from the terminal and as SIGTERM from torchrun: that is once)."""
 
     def __init__(self):
         self.signal, self.wait = 0, False
@@ -534,11 +693,13 @@ class Stop:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal:
+        if self.signal == number:
             os._exit(128 + number)
+        if self.signal:
+            return
         self.signal = number
         if not self.wait:
-            raise Interrupted
+            raise Interrupted(number)
         say("stopping after this step; once more to leave at once")
 
     @contextlib.contextmanager
@@ -552,7 +713,7 @@ class Stop:
     def check(self):
         """Raise Interrupted if a signal has come."""
         if self.signal:
-            raise Interrupted
+            raise Interrupted(self.signal)
 
 
 def replace(path, text):
@@ -564,14 +725,18 @@ def replace(path, text):
 
 
 @contextlib.contextmanager
-def held(path):
-    """Hold the lock file `path`; RuntimeError if another process does."""
+def held(path, wait=False):
+    """Hold the lock file `path`. If another process does: wait for it, or RuntimeError."""
     with open(path, "a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)
-            raise RuntimeError(f"process {f.read().strip() or '?'} is at work on {path.parent}") from None
+            other = f"process {f.read().strip() or '?'}"
+            if not wait:
+                raise RuntimeError(f"{other} is at work on {path.parent}") from None
+            say(f"waiting for {other}, which is making {path.stem[1:]}")
+            fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0), f.write(str(os.getpid())), f.flush()
         yield
 
@@ -601,25 +766,42 @@ def checksum(path):
     return crc
 
 
-def seal(folder, **meta):
+def seal(folder):
     """Write seal.json, last: sizes and checksums of the folder's files. A cache without it is not whole."""
-    files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(folder.iterdir()) if p.name not in ("seal.json", ".lock")}
-    write_json({folder / "seal.json": {"files": files, **meta}})
+    made = [p for p in sorted(folder.iterdir()) if p.name not in ("progress", ".lock")]
+    files = {p.name: [p.stat().st_size, checksum(p)] for p in made}
+    write_json({folder / "seal.json": {"files": files}})
+    (folder / "progress").unlink(missing_ok=True)  # only now: whoever is stopped while sums are taken keeps what was made
 
 
-def sealed(folder):
-    """True if the folder is whole; a damaged one is said so, deleted and False."""
+def damage(folder):
+    """What is wrong with a cache folder that was finished; "" if it is whole, None if it never was."""
     if not (folder / "seal.json").exists():
-        return False  # never finished
+        return None
     try:
         files = json.loads((folder / "seal.json").read_text())["files"]
-        bad = [n for n, (size, crc) in files.items() if (folder / n).stat().st_size != size or checksum(folder / n) != crc]
+        return next((n for n, (size, crc) in files.items()
+                     if (folder / n).stat().st_size != size or checksum(folder / n) != crc), "")
     except (OSError, ValueError, KeyError) as e:
-        bad = [str(e)]
-    if bad:
-        say(f"cache {folder} is damaged ({bad[0]}): made again")
-        shutil.rmtree(folder)
-    return not bad
+        return str(e)
+
+
+@contextlib.contextmanager
+def making(folder):
+    """Yields True if the caller is to fill this cache folder, and seals it then; False if it is whole.
+
+    One process fills it, others wait. A damaged one is said so and deleted."""
+    if damage(folder) == "":
+        yield False
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder.parent / f".{folder.name}.lock", wait=True):  # beside it: the folder itself may be deleted
+        if wrong := damage(folder):
+            say(f"cache {folder} is damaged ({wrong}): made again")
+            shutil.rmtree(folder), folder.mkdir()
+        yield (todo := wrong != "")
+        if todo:
+            seal(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -636,7 +818,8 @@ WHEELS = {
 
 
 class Rows(NamedTuple):
-    """Packed text. tokens (N,T) int64, doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics by doc_id."""
+    """Packed text. tokens (N,T) (int64, but int32 on disk), doc_id (N,T) int32, valid (N,T) bool (no BOS, EOS, PAD), topics
+    by doc_id, of evaluation rows only."""
 
     tokens: np.ndarray
     doc_id: np.ndarray
@@ -645,16 +828,17 @@ class Rows(NamedTuple):
 
 
 class Harvest(NamedTuple):
-    """Training activations: acts (N,T,d_in) memory-mapped, mask (N,T) int32 (0: not trained on; else the document
-    + 1), and over a sample of the valid tokens: mean (d_in,), scale that makes E|x|^2 = d_in, the variance left, and
-    rho, the lag-1 autocorrelation of the activations themselves."""
+    """Training activations: acts (N,T,d_in) memory-mapped, with mask (N,T) int32 (0: not trained on; else the document + 1),
+    or a Stream, and None. Of a sample (acts and mask of up to 512 rows spread over them): mean (d_in,), scale that makes
+    E|x|^2 = d_in, the variance left, and rho, the lag-1 autocorrelation of the activations themselves."""
 
-    acts: np.ndarray
-    mask: np.ndarray
+    acts: "np.ndarray | Stream"
+    mask: np.ndarray | None
     mean: torch.Tensor
     scale: float
     variance: float
     rho: float
+    sample: tuple[np.ndarray, np.ndarray]
 
 
 def embedded_file(cfg, name):
@@ -664,13 +848,13 @@ def embedded_file(cfg, name):
     package, sha256, member = WHEELS[name]
     folder = cache_root(cfg) / f"embedded-{name}"
     path = folder / Path(member).name
-    if sealed(folder):
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / ".lock"):
+    with making(folder) as todo:
+        if not todo:
+            return path
         say(f"fetching {package} from the package index, once")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder), package]
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--only-binary=:all:", "-d", str(folder), package]
+        done = subprocess.run(pip, capture_output=True, text=True)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -682,7 +866,6 @@ def embedded_file(cfg, name):
         with zipfile.ZipFile(wheels[0]) as z, z.open(member) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target)
         wheels[0].unlink()
-        seal(folder)
     return path
 
 
@@ -693,17 +876,15 @@ def lm_path(cfg):
     if cfg.model != EMBEDDED_LM:
         return cfg.model
     folder = cache_root(cfg) / "SmolLM2-135M-float32"
-    if not sealed(folder):
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        gguf = embedded_file(cfg, EMBEDDED_LM)
-        say("converting the embedded model to safetensors, once")
-        part = folder.with_suffix(f".part{os.getpid()}")
-        where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(part)
-        AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(part)
-        seal(part)
-        part.rename(folder)
+    with making(folder) as todo:
+        if todo:
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+            gguf = embedded_file(cfg, EMBEDDED_LM)
+            say("converting the embedded model to safetensors, once")
+            where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+            AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(folder)
     return str(folder)
 
 
@@ -725,6 +906,23 @@ def check_lm(cfg):
         raise ValueError(f"--context_size {cfg.context_size} is longer than {cfg.model}'s {longest} positions")
 
 
+def load_with(cfg, loader, **options):
+    """What a transformers Auto class gives for cfg.model; ValueError, one sentence, if it gives nothing."""
+    from transformers.utils import logging
+    logging.disable_progress_bar(), logging.set_verbosity_error()
+    path = lm_path(cfg)
+    try:
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as e:  # transformers, safetensors and torch raise many kinds
+        raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)[:200]})") from None
+
+
+def load_tokenizer(cfg):
+    """(config, tokenizer) of the LM, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+    return load_with(cfg, AutoConfig), load_with(cfg, AutoTokenizer)
+
+
 def load_lm(cfg, _loaded={}):
     """(model, tokenizer): a transformers causal LM in eval mode on cfg.device, in cfg.dtype. Kept for the next call."""
     device = pick_device(cfg.device)
@@ -732,16 +930,9 @@ def load_lm(cfg, _loaded={}):
     key = (cfg.model, str(dtype), device)
     if key not in _loaded:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-        logging.disable_progress_bar(), logging.set_verbosity_error()
-        path = lm_path(cfg)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval().requires_grad_(False).to(device)
-        except Exception as e:  # transformers, safetensors and torch raise many kinds
-            raise ValueError(f"--model {cfg.model} cannot be loaded ({first_line(e)[:200]})") from None
+        tokenizer, model = load_with(cfg, AutoTokenizer), load_with(cfg, AutoModelForCausalLM, dtype=dtype)
         _loaded.clear()  # never two models in memory
-        _loaded[key] = model, tokenizer
+        _loaded[key] = model.eval().requires_grad_(False).to(device), tokenizer
     return _loaded[key]
 
 
@@ -768,8 +959,9 @@ def residuals(model, tokens, layer):
         raise StopForward
 
     handle = decoder_blocks(model)[layer].register_forward_hook(hook)
+    tokens = tokens if torch.is_tensor(tokens) else torch.from_numpy(np.array(tokens, np.int64))
     try:
-        model(torch.as_tensor(tokens, device=model.device), use_cache=False)
+        model(tokens.to(model.device), use_cache=False)
     except StopForward:
         pass
     finally:
@@ -785,148 +977,362 @@ def special_ids(tokenizer):
     return ids[0], sorted(set(ids))
 
 
-def documents(cfg):
-    """Yield (text, topic or None), one document at a time.
+def text_blocks(files):
+    """Yield the documents of .txt files: blank lines part them."""
+    for file in files:
+        with open(file, errors="replace") as f:
+            rest = ""
+            while piece := f.read(1 << 20):
+                *blocks, rest = (rest + piece).split("\n\n")
+                yield from blocks
+        yield rest
 
-    The embedded text is shuffled once, by a seed of its own: the split into training and evaluation is the same
-    in each run. A hub data set is streamed."""
-    if cfg.dataset == EMBEDDED_TEXT:
-        summaries = list(json.loads(embedded_file(cfg, EMBEDDED_TEXT).read_text()).values())
-        for i in np.random.default_rng(0).permutation(len(summaries)):
-            yield summaries[i]["extract"], summaries[i]["topic"]
-        return
+
+def open_text(cfg, skip):
+    """An iterator over (text, topic or None) of a local or hub data set, from document `skip` on. Nothing is downloaded
+    but what is read."""
     path = Path(cfg.dataset)
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
-        for file in [path] if path.is_file() else sorted(path.glob("*.txt")):
-            for block in file.read_text(errors="replace").split("\n\n"):  # blank lines part documents
-                yield block, None
-        return
+        files = [path] if path.is_file() else sorted(path.glob("*.txt"))
+        return ((block, None) for block in itertools.islice(text_blocks(files), skip, None))
     from datasets import load_dataset
-    try:
-        if path.exists():
-            files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
-            kind = "parquet" if files and files[0].endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-        else:
+    if path.exists():
+        files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
+        kind = "parquet" if files and files[0].endswith(".parquet") else "json"
+        rows = load_dataset(kind, data_files=files, split="train", streaming=True)
+    else:
+        try:
             rows = load_dataset(cfg.dataset, split="train", streaming=True)
-        for row in rows:
-            if cfg.text_field not in row:
-                raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
-            if not isinstance(row[cfg.text_field] or "", str):
-                raise ValueError(f"--text_field {cfg.text_field} holds no text")
-            yield row[cfg.text_field] or "", row.get("topic")
-    except Exception as e:  # datasets, pyarrow and the hub raise many kinds
-        raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); give a local .txt/.jsonl/.parquet "
-                         f"file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
+        except RuntimeError as e:
+            if "Dataset scripts" not in str(e):
+                raise
+            # a repository that holds code to run and no data: the hub has converted most of them
+            rows = load_dataset(cfg.dataset, revision="refs/convert/parquet", split="train", streaming=True)
+    return (text_of(cfg, row) for row in (rows.skip(skip) if skip else rows))
 
 
-def tokenised(cfg, tokenizer):
-    """Yield (token ids, topic) of every document that is not empty; tokenised 256 at a time, which is what is fast."""
-    stream = documents(cfg)
-    while batch := [b for _, b in zip(range(256), stream)]:
+def text_of(cfg, row):
+    """A data set's row -> (text, topic or None)."""
+    if cfg.text_field not in row:
+        raise ValueError(f"no column {cfg.text_field}; --text_field names one of {', '.join(row)}")
+    if not isinstance(row[cfg.text_field] or "", str):
+        raise ValueError(f"--text_field {cfg.text_field} holds no text")
+    return row[cfg.text_field] or "", row.get("topic")
+
+
+def transient(cfg, error):
+    """Whether waiting may help: no answer or an overloaded server do; what is missing, closed to us or broken does not."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status:
+        return status >= 500 or status in (408, 429)
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    if isinstance(error, OSError) and Path(cfg.dataset).exists():
+        return error.errno is not None  # pyarrow's word for a broken file is an OSError without a number
+    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "aiohttp"))
+
+
+def documents(cfg, skip=0):
+    """Yield (text, topic or None), one document at a time, from document `skip` on.
+
+    The embedded text is shuffled once, by a seed of its own: the split into training and evaluation is the same
+    in each run. Any other is streamed; a stream that stalls is taken up again where it stood."""
+    if cfg.dataset == EMBEDDED_TEXT:
+        summaries = list(json.loads(embedded_file(cfg, EMBEDDED_TEXT).read_text()).values())
+        for i in np.random.default_rng(0).permutation(len(summaries))[skip:]:
+            yield summaries[i]["extract"], summaries[i]["topic"]
+        return
+    waits, opened = iter(RETRY_SECONDS), skip > 0
+    while True:
+        try:
+            stream = open_text(cfg, skip)
+            opened = True
+            for document in stream:
+                skip, waits = skip + 1, iter(RETRY_SECONDS)
+                yield document
+            return
+        except Exception as e:  # datasets, pyarrow and the hub raise many kinds
+            if not (opened and transient(cfg, e)):  # the hub's own client is patient enough with what was never open
+                closed = type(e).__name__ in ("DatasetNotFoundError", "GatedRepoError", "RepositoryNotFoundError")
+                login = "accept its conditions on the hub and log in with `hf auth login`, or " if closed else ""
+                raise ValueError(f"--dataset {cfg.dataset} cannot be read ({first_line(e)}); {login}give a local .txt/"
+                                 f".jsonl/.parquet file, or leave --dataset out for the embedded {EMBEDDED_TEXT}") from None
+            if (seconds := next(waits, None)) is None:
+                raise RuntimeError(f"--dataset {cfg.dataset} stalled after {skip:,} documents ({first_line(e)}); what was "
+                                   "read is kept, and the same command goes on there") from None
+            say(f"--dataset {cfg.dataset} stalled after {skip:,} documents ({first_line(e)}): again in {seconds} s")
+            time.sleep(seconds)
+
+
+PACK_DOCUMENTS = 256  # are tokenised at a time, which is what is fast, and then written
+
+
+def tokenised(cfg, tokenizer, read):
+    """Yield (documents read so far, token ids, topic) of every document from number `read` on that is not empty."""
+    stream, stalled = documents(cfg, read), None
+    while not stalled:
+        batch = []
+        try:
+            for document in itertools.islice(stream, PACK_DOCUMENTS):
+                batch.append(document)
+        except RuntimeError as e:  # not before what did come is used
+            stalled = e
+        if not batch:
+            break
         for ids, (_, topic) in zip(tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"], batch):
+            read += 1
             if ids:
-                yield ids, topic
+                yield read, ids, topic
+    if stalled:
+        raise stalled
 
 
-def pack(ids, doc_ids, T, bos):
-    """Token lists -> rows (N,T) and doc_id (N,T): BOS starts each row and stands between documents in a row."""
-    if not ids:
-        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
-    tokens = np.concatenate([np.r_[bos, d] for d in ids]).astype(np.int64)
-    owner = np.repeat(np.asarray(doc_ids, np.int32), [len(d) + 1 for d in ids])
-    starts, at = [], 0
+def pack(ids, doc_ids, T, bos, carry=((), ())):
+    """Token lists -> rows (N,T), doc_id (N,T) and the tokens that did not fill a row, with their documents: the next call's
+    carry. BOS starts each row and stands between documents in a row."""
+    tokens = np.concatenate([carry[0], *([bos, *d] for d in ids)]).astype(np.int64)
+    owner = np.concatenate([carry[1], np.repeat(doc_ids, np.array([len(d) + 1 for d in ids], int))]).astype(np.int32)
+    rows, owners, at = np.empty((0, T), np.int64), np.empty((0, T), np.int32), 0
+    starts = []
     while at + T <= len(tokens):
         starts.append(at)
         at += T if tokens[at] == bos else T - 1  # a row that starts inside a document gets a BOS of its own
-    if not starts:
-        return np.zeros((0, T), np.int64), np.zeros((0, T), np.int32)
-    cut = lambda a, s: a[s : s + T] if tokens[s] == bos else np.r_[a[s], a[s : s + T - 1]]
-    rows = np.stack([cut(tokens, s) for s in starts])
-    rows[:, 0] = bos
-    return rows, np.stack([cut(owner, s) for s in starts])
+    if starts:
+        cut = lambda a, s: a[s : s + T] if tokens[s] == bos else np.r_[a[s], a[s : s + T - 1]]
+        rows, owners = (np.stack([cut(a, s) for s in starts]) for a in (tokens, owner))
+        rows[:, 0] = bos
+    return rows, owners, (tokens[at:].tolist(), owner[at:].tolist())
+
+
+def append(path, rows, at):
+    """Append rows (n,T) to a .npy file of which the first `at` rows count. numpy's header has room for a longer count."""
+    kind, shape = np.lib.format.dtype_to_descr(rows.dtype), (at + len(rows), rows.shape[1])
+    with open(path, "r+b" if path.exists() else "w+b") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": kind, "fortran_order": False, "shape": shape})
+        f.seek(at * rows.shape[1] * rows.itemsize, os.SEEK_CUR)
+        f.truncate(), f.write(rows.tobytes()), f.flush(), os.fsync(f.fileno())
 
 
 def load_rows(cfg, tokenizer, split):
-    """The packed rows of a split, "train" or "eval". Documents never cross from one to the other. Tokenised once."""
-    bos, special = special_ids(tokenizer)
-    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field, model=cfg.model, model_files=version(cfg.model),
-                    T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens, format=1)
+    """The packed rows of a split, "train" (memory-mapped) or "eval". Documents never cross from one to the other."""
+    key = cache_key(dataset=cfg.dataset, files=version(cfg.dataset), field=cfg.text_field, model=cfg.model, format=2,
+                    model_files=version(cfg.model), T=cfg.context_size, eval_rows=cfg.eval_rows, tokens=cfg.harvest_tokens)
     folder = cache_root(cfg) / f"rows-{key}"
-    if not sealed(folder):
-        build_rows(cfg, tokenizer, bos, folder)
-    tokens, doc_id = (np.load(folder / f"{split}_{name}.npy") for name in ("tokens", "doc_id"))
-    topics = json.loads((folder / "topics.json").read_text())["topics"]
-    return Rows(tokens.astype(np.int64), doc_id, ~np.isin(tokens, special), topics)
+    with making(folder) as todo:
+        if todo:
+            build_rows(cfg, tokenizer, folder)
+    names = [folder / f"{split}_{name}.npy" for name in ("tokens", "doc_id", "valid")]
+    tokens, doc_id, valid = (np.load(name, mmap_mode="r" if split == "train" else None) for name in names)
+    if split == "train":
+        return Rows(tokens, doc_id, valid, None)
+    return Rows(tokens.astype(np.int64), doc_id, valid, json.loads((folder / "topics.json").read_text())["topics"])
 
 
-def build_rows(cfg, tokenizer, bos, folder):
-    """Tokenise, evaluation documents first, until both splits are full; write them to `folder`."""
-    T, special = cfg.context_size, special_ids(tokenizer)[1]
+def build_rows(cfg, tokenizer, folder):
+    """Tokenise, evaluation documents first, until both splits are full.
+
+    Rows are appended to the files in `folder` as they fill, and a cursor is moved behind them: whatever stops this, the
+    next call goes on there. Memory does not grow with the text."""
+    T, (bos, special), progress = cfg.context_size, special_ids(tokenizer), folder / "progress"
     want = {"eval": cfg.eval_rows, "train": -(-cfg.harvest_tokens // T)}
-    stream, topics, packed = tokenised(cfg, tokenizer), [], {}
-    for split, n_rows in want.items():
-        ids, first, size = [], len(topics), 0
-        while size < n_rows * T + T and (found := next(stream, None)):  # a row that starts inside a document uses up one token less
-            ids.append([t for t in found[0] if t not in special])  # "<|endoftext|>" written out in a text is no boundary
-            topics.append(found[1])
-            size += len(ids[-1]) + 1
-        packed[split] = [a[:n_rows] for a in pack(ids, range(first, len(topics)), T, bos)]
-    n_eval, n_train = len(packed["eval"][0]), len(packed["train"][0])
-    if n_eval < want["eval"] or n_train == 0:
-        raise ValueError(f"--dataset {cfg.dataset} has only {len(topics)} documents, {n_eval + n_train} rows of {T} tokens: too little "
-                         f"for --eval_rows {cfg.eval_rows} and training")
-    if n_train < want["train"]:
-        say(f"the data set gives {n_train * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; training goes round them")
-    part = folder.with_suffix(f".part{os.getpid()}")
-    part.mkdir(parents=True)
-    for split, (tokens, doc_id) in packed.items():
-        np.save(part / f"{split}_tokens.npy", tokens.astype(np.int32)), np.save(part / f"{split}_doc_id.npy", doc_id)
-    write_json({part / "topics.json": {"topics": topics if any(topics) else None}})
-    seal(part)
-    if sealed(folder):
-        shutil.rmtree(part)  # another process was faster
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+    at = {"split": "eval", "read": 0, "documents": 0, "tokens": 0, "eval": 0, "train": 0, "carry": [[], []], "topics": []}
+    if progress.exists():
+        at = json.loads(progress.read_text())
+    stream, stalled, full = tokenised(cfg, tokenizer, at["read"]), None, False
+    with tqdm(total=sum(want.values()) * T, initial=(at["eval"] + at["train"]) * T, desc="tokenise", unit="tok",
+              unit_scale=True, mininterval=1, leave=False) as bar:
+        while not (stalled or full and at["split"] == "train"):
+            if full:  # what is left of the last evaluation document is not trained on
+                write_json({folder / "topics.json": {"topics": at["topics"] if any(at["topics"]) else None}})
+                at |= {"split": "train", "tokens": 0, "carry": [[], []], "topics": []}
+            split, ids, first = at["split"], [], at["documents"]
+            try:  # one row more than wanted: a row that starts inside a document uses up one token less
+                while at["tokens"] < want[split] * T + T and len(ids) < PACK_DOCUMENTS and (found := next(stream, None)):
+                    at["read"], document, topic = found
+                    # "<|endoftext|>" written out in a text is no boundary
+                    ids.append([t for t in document if t not in special])
+                    at["tokens"] += len(ids[-1]) + 1
+                    if split == "eval":
+                        at["topics"].append(topic)
+            except RuntimeError as e:
+                stalled = e
+            at["documents"] += len(ids)
+            rows, doc_id, at["carry"] = pack(ids, range(first, at["documents"]), T, bos, at["carry"])
+            rows, doc_id = (a[: want[split] - at[split]] for a in (rows, doc_id))
+            for name, a in (("tokens", rows.astype(np.int32)), ("doc_id", doc_id), ("valid", ~np.isin(rows, special))):
+                append(folder / f"{split}_{name}.npy", a, at[split])
+            at[split] += len(rows)
+            replace(progress, json.dumps(at))
+            bar.update(rows.size)
+            full = len(ids) < PACK_DOCUMENTS  # or the text is at its end
+    if stalled:
+        raise stalled
+    if at["eval"] < want["eval"] or at["train"] == 0:
+        shutil.rmtree(folder)
+        raise ValueError(f"--dataset {cfg.dataset} has only {at['documents']} documents, {at['eval'] + at['train']} rows of "
+                         f"{T} tokens: too little for --eval_rows {cfg.eval_rows} and training")
+    if at["train"] < want["train"]:
+        say(f"the data set gives {at['train'] * T:,} training tokens of the {cfg.harvest_tokens:,} asked for; "
+            "training goes round them")
 
 
-def harvest_lm(cfg, stop):
-    """Training activations of the LM's rows, through the cache: (acts (N,T,d_in), mask). Goes on where it was cut."""
-    model, tokenizer = load_lm(cfg)
-    rows = load_rows(cfg, tokenizer, "train")
-    d_in = model.config.get_text_config().hidden_size
-    revision = getattr(model.config, "_commit_hash", None) or version(cfg.model)
-    key = cache_key(model=cfg.model, revision=revision, dtype=str(model.dtype), layer=cfg.layer, rows=hashlib.sha256(rows.tokens.tobytes()).hexdigest(), format=1)
+HARVEST_ROWS = 8  # rows a forward
+
+
+def storage(config, cfg):
+    """(d_in, the LM's dtype, the numpy type that its activations are kept in: numpy has no bfloat16)."""
+    dtype = pick_dtype(cfg.dtype, pick_device(cfg.device))
+    return config.get_text_config().hidden_size, dtype, np.dtype(np.uint16 if dtype == torch.bfloat16 else np.float32)
+
+
+def fits_cache(cfg, config, tokens):
+    """Whether the activations of `tokens` (N,T) may be kept on disk."""
+    d_in, _, store = storage(config, cfg)
+    return tokens.size * d_in * store.itemsize <= cfg.cache_gb * 1e9
+
+
+def harvested(cfg, tokens):
+    """tokens (B,T) -> resid_post (B,T,d_in) of the hooked layer as it is stored: float32, or uint16 that holds bfloat16."""
+    x = residuals(load_lm(cfg)[0], tokens, cfg.layer).cpu().contiguous()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def tokens_hash(tokens):
+    """SHA-256 of rows (N,T) as int64, a block at a time."""
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), 4096):
+        digest.update(tokens[i : i + 4096].astype(np.int64).tobytes()), release(tokens)
+    return digest.hexdigest()
+
+
+def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None, together=False):
+    """tokens (N,T) -> resid_post (N,T,d_in) at the hooked layer, memory-mapped: float32, or uint16 that holds bfloat16.
+
+    batch_rows rows go through the LM at a time (the last bits depend on it). Goes on where it was cut, if `stop` said
+    so; the LM is loaded only for what the cache does not hold. together: all processes of this machine are here and share
+    the work."""
+    config, device = load_tokenizer(cfg)[0], torch.device(pick_device(cfg.device)).type
+    (d_in, dtype, store), revision = storage(config, cfg), getattr(config, "_commit_hash", None) or version(cfg.model)
+    key = cache_key(model=cfg.model, revision=revision, dtype=str(dtype), device=device, layer=cfg.layer,
+                    rows=tokens_hash(tokens), format=1 if batch_rows == HARVEST_ROWS else [1, batch_rows])
     folder = cache_root(cfg) / f"acts-{key}"
-    store = np.uint16 if model.dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
-    shape, progress = (*rows.tokens.shape, d_in), folder / "progress"
-    if not sealed(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        need, free = math.prod(shape) * np.dtype(store).itemsize, shutil.disk_usage(folder).free
-        done = int(progress.read_text()) if progress.exists() else 0
-        if not done and need > free:
-            raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
-                               "lower --harvest_tokens or move --cache_dir")
-        with held(folder / ".lock"), stop.deferred():
-            if not done:  # reserve the disk: writing into a hole of a full one would kill the process
-                np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
-                with open(folder / "acts.npy", "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
-            acts = np.lib.format.open_memmap(folder / "acts.npy", "r+")
-            bar = tqdm(total=rows.tokens.size, initial=done * shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1)
-            for i in range(done, len(rows.tokens), 8):
-                x = residuals(model, rows.tokens[i : i + 8], cfg.layer).cpu().contiguous()
-                acts[i : i + 8] = (x.view(torch.uint16) if store is np.uint16 else x).numpy()
-                bar.update(x.shape[0] * x.shape[1])
-                if stop.signal or i % 1024 == 0:
-                    acts.flush(), release(acts)
-                    replace(progress, str(min(i + 8, len(rows.tokens))))
-                    stop.check()
-            acts.flush(), bar.close()
-            progress.unlink(missing_ok=True)
-            seal(folder)
-    return np.load(folder / "acts.npy", mmap_mode="r"), (rows.doc_id + 1) * rows.valid
+    shape, progress, batches = (*tokens.shape, d_in), folder / "progress", -(-len(tokens) // batch_rows)
+    share = slice(LOCAL_RANK, None, LOCAL_WORLD) if together else slice(None)
+    with stop.deferred() if stop else contextlib.nullcontext():
+        while together and LOCAL_RANK > 0 and damage(folder) != "":  # the first process opens and seals the cache
+            if progress.exists():
+                harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
+            stop.check(), time.sleep(0.2)
+        with making(folder) as todo:
+            if todo:
+                need, free = math.prod(shape) * store.itemsize, shutil.disk_usage(folder).free
+                if not progress.exists() or progress.stat().st_size != batches:
+                    if need > free:
+                        raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
+                                           "lower --harvest_tokens or --cache_gb, or move --cache_dir")
+                    # reserve the disk: writing into a hole of a full one would kill the process
+                    np.lib.format.open_memmap(folder / "acts.npy", "w+", store, shape=shape).flush()
+                    with open(folder / "acts.npy", "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, (folder / "acts.npy").stat().st_size)
+                    load_lm(cfg)  # what it has to complain about comes before the bar
+                    replace(progress, "-" * batches)
+                harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
+                while "-" in progress.read_text():  # the others' share
+                    stop.check(), time.sleep(0.2)
+    return np.load(folder / "acts.npy", mmap_mode="r")
+
+
+def harvest_batches(cfg, tokens, batch_rows, folder, share, stop):
+    """Fill in what is missing of this process's share (a slice of all batches) of acts.npy. `progress` has a letter for
+    each batch, which becomes x when the batch is on the disk."""
+    with open(folder / "progress", "r+b", buffering=0) as progress:
+        todo = [i for i, letter in list(enumerate(progress.read().decode()))[share] if letter == "-"]
+        if not todo:
+            return
+        load_lm(cfg)
+        acts, written = np.lib.format.open_memmap(folder / "acts.npy", "r+"), []
+        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True,
+                  mininterval=1, disable=RANK > 0) as bar:
+            for i in todo:
+                block = harvested(cfg, tokens[i * batch_rows : (i + 1) * batch_rows])
+                acts[i * batch_rows : (i + 1) * batch_rows] = block
+                bar.update(block[..., 0].size), written.append(i)
+                if len(written) == 128 or i == todo[-1] or stop and stop.signal:
+                    acts.flush(), release(acts), release(tokens)
+                    for i in written:
+                        os.pwrite(progress.fileno(), b"x", i)
+                    os.fsync(progress.fileno()), written.clear()
+                    stop and stop.check()
+
+
+class Stream:
+    """Training activations (N,T,d_in) that are kept nowhere: the LM fills a buffer of two halves while training goes on.
+
+    Half h is rows h*H to (h+1)*H, modulo N. Its chunks are split at random into A_h and B_h, and generation g of training
+    is B_g and A_g+1 in random order: two halves mix, each chunk comes once a pass (but A_0 of the first pass, of which
+    there is no generation), and a batch depends on (seed, step) alone."""
+
+    def __init__(self, cfg, config, rows, stop):
+        self.cfg, self.rows, self.stop = cfg, rows, stop
+        d_in, _, self.store = storage(config, cfg)
+        N, T = rows.tokens.shape
+        self.shape, row_bytes = (N, T, d_in), T * (d_in * self.store.itemsize + 4)
+        unit = math.lcm(HARVEST_ROWS, cfg.batch_size // math.gcd(cfg.batch_size, T))  # rows that are whole batches
+        room = int(cfg.buffer_gb * 1e9 / row_bytes / 2)
+        if room < unit:
+            raise ValueError(f"--buffer_gb {cfg.buffer_gb} is too small for --batch_size {cfg.batch_size}: it takes "
+                             f"{2 * unit * row_bytes / 1e9:.2g} at least")
+        self.half_rows = max(unit, min(room, N) // unit * unit)
+        self.half_chunks = self.half_rows * T // cfg.chunk_size
+        self.acts = self.mask = None
+        self.held = [None, None]  # the first row of each half that is in the buffer
+        self.limit, self.sinks = math.inf, 0  # the norm of an attention sink; how many there were so far
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, indices):
+        """Activations of the rows at `indices` (S,), from the LM: (S,T,d_in)."""
+        tokens = self.rows.tokens[indices]
+        load_lm(self.cfg)
+        starts = tqdm(range(0, len(tokens), HARVEST_ROWS), desc="sample", leave=False)
+        return np.concatenate([harvested(self.cfg, tokens[i : i + HARVEST_ROWS]) for i in starts])
+
+    def fill(self, half):
+        """Have half number `half` in its half of the buffer."""
+        slot, first = half % 2, half * self.half_rows
+        if self.held[slot] == first % len(self):
+            return
+        if self.acts is None:
+            self.acts = np.empty((2, self.half_rows, *self.shape[1:]), self.store)
+            self.mask = np.empty((2, self.half_rows, self.shape[1]), np.int32)
+        self.held[slot] = None
+        bar = tqdm(range(0, self.half_rows, WORLD * HARVEST_ROWS), desc="refill", unit="batch", leave=False, disable=RANK > 0)
+        with contextlib.closing(bar):
+            for i in bar:  # each process its batch; then all have all of them
+                self.stop.check()
+                own = min(i + RANK * HARVEST_ROWS, self.half_rows - HARVEST_ROWS)  # beyond the end: computed in vain
+                block = harvested(self.cfg, self.rows.tokens[(first + np.arange(own, own + HARVEST_ROWS)) % len(self)])
+                blocks = interleaved(torch.from_numpy(block.view(np.uint8))[None]).flatten(0, 1)[: self.half_rows - i]
+                here = slice(i, i + len(blocks))
+                block = self.acts[slot, here] = blocks.numpy().view(self.store)
+                rows = (first + np.arange(here.start, here.stop)) % len(self)
+                mask = (self.rows.doc_id[rows] + 1) * self.rows.valid[rows]
+                sinks = as_float(block).norm(dim=-1).numpy() > self.limit
+                self.mask[slot, here] = np.where(sinks, 0, mask)
+                self.sinks += int((sinks & (mask > 0)).sum())
+        self.held[slot] = first % len(self)
+        for a in self.rows[:3]:
+            release(a)
+        say(f"buffer: rows from {self.held[slot]:,} of {len(self):,}; {self.sinks:,} attention sinks left out so far")
+
+    def serve(self, seed, step):
+        """The buffer's acts and mask, and where in them the chunks of a step are."""
+        per_step = self.cfg.batch_size // self.cfg.chunk_size
+        generation, at = divmod(step * per_step, self.half_chunks)
+        for half in (generation, generation + 1):
+            self.fill(half)
+        return self.acts, self.mask, generation_order(seed, generation, self.half_chunks)[at : at + per_step]
 
 
 def load_acts(cfg, split):
@@ -936,9 +1342,13 @@ def load_acts(cfg, split):
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f"--acts {cfg.acts} is not a plain .npy file ({first_line(e)})") from None
     if not isinstance(acts, np.ndarray) or acts.ndim != 3 or acts.dtype not in (np.float32, np.float16) or 0 in acts.shape:
-        raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {getattr(acts, 'shape', 'an archive')} {getattr(acts, 'dtype', '')}")
+        found = f"{acts.shape} {acts.dtype}" if isinstance(acts, np.ndarray) else "an archive"
+        raise ValueError(f"--acts {cfg.acts} must be (N,T,d_in) float32 or float16, not {found}")
+    if not acts.flags.c_contiguous:
+        raise ValueError(f"--acts {cfg.acts} is in Fortran order: save np.ascontiguousarray of it")
     if len(acts) < 4 or acts.shape[1] % cfg.chunk_size:
-        raise ValueError(f"--acts {cfg.acts}: needs at least 4 rows, of a length that --chunk_size {cfg.chunk_size} divides; got {acts.shape}")
+        raise ValueError(f"--acts {cfg.acts}: needs at least 4 rows, of a length that --chunk_size {cfg.chunk_size} "
+                         f"divides; got {acts.shape}")
     n_eval = min(cfg.eval_rows, len(acts) // 4)
     x = acts[:n_eval] if split == "eval" else acts[n_eval:]
     if not all(np.isfinite(acts[i : i + 256]).all() for i in range(0, len(acts), 256)):
@@ -961,25 +1371,37 @@ def as_float(block):
 
 
 def load_harvest(cfg, stop):
-    """Harvest (or read) the training activations and their statistics, from 512 rows spread over them."""
+    """Harvest (or read) the training activations, or get ready to stream them; statistics from 512 rows spread over them."""
     if cfg.acts:
         acts, doc_id, valid = load_acts(cfg, "train")
-        mask = (doc_id + 1) * valid
     else:
-        acts, mask = harvest_lm(cfg, stop)
-    norms = np.empty(mask.shape, np.float32)
-    for i in range(0, len(acts), 512):
-        norms[i : i + 512] = as_float(np.array(acts[i : i + 512])).norm(dim=-1).numpy()
-        release(acts)
-    sinks = norms > 10 * np.median(norms[mask > 0])  # attention sinks: no feature of the text, yet most of the variance
-    say(f"harvest: {acts.shape[0]} rows x {acts.shape[1]} tokens x {acts.shape[2]}, {(mask > 0).sum():,} valid, "
-        f"{(sinks & (mask > 0)).sum()} attention sinks left out")
-    mask = np.where(sinks, 0, mask).astype(np.int32)
-    if not mask.any():
+        config, tokenizer = load_tokenizer(cfg)
+        rows = load_rows(cfg, tokenizer, "train")
+        _, doc_id, valid, _ = rows
+        cached = fits_cache(cfg, config, rows.tokens)
+        acts = cached_residuals(cfg, rows.tokens, stop=stop, together=True) if cached else Stream(cfg, config, rows, stop)
+    N, T, d_in = acts.shape
+    sample = np.linspace(0, N - 1, min(512, N)).astype(int)
+    sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
+    if not sample_mask.any():
         raise ValueError("no valid token is left to train on")
-    sample = np.linspace(0, len(acts) - 1, min(512, len(acts))).astype(int)
-    x, kept = as_float(np.array(acts[sample])), torch.from_numpy(mask[sample])
-    x = SAE.normalise(None, x)[0] if cfg.layernorm else x
+    x = as_float(sample_acts)
+    norms = x.norm(dim=-1).numpy()
+    limit = 10 * np.median(norms[sample_mask > 0])  # attention sinks: no feature of the text, yet most of the variance
+    sample_mask = np.where(norms > limit, 0, sample_mask).astype(np.int32)
+    if isinstance(acts, Stream):
+        acts.limit, mask = limit, None
+        say(f"harvest: {N} rows x {T} tokens x {d_in}, streamed through a buffer of twice {acts.half_rows} rows")
+    else:
+        mask, n_sinks = ((doc_id + 1) * valid).astype(np.int32), 0
+        n_valid = (mask > 0).sum()
+        for i in range(0, N, 512):
+            sinks = as_float(np.array(acts[i : i + 512])).norm(dim=-1).numpy() > limit
+            n_sinks += (sinks & (mask[i : i + 512] > 0)).sum()
+            mask[i : i + 512][sinks] = 0
+            release(acts)
+        say(f"harvest: {N} rows x {T} tokens x {d_in}, {n_valid:,} valid, {n_sinks} attention sinks left out")
+    x, kept = SAE.normalise(None, x)[0] if cfg.layernorm else x, torch.from_numpy(sample_mask)
     valid = x[kept > 0].double()
     mean, power = valid.mean(0), float(valid.square().sum(1).mean())
     variance = power - float(mean.square().sum())
@@ -988,29 +1410,53 @@ def load_harvest(cfg, stop):
     scale = 1.0 if cfg.layernorm else math.sqrt(x.shape[-1] / power)
     a, b, ok = neighbours(x - mean.float(), kept, 1)
     rho = float((a * b * ok).sum() / ok.sum().clamp(min=1)) / variance
-    return Harvest(acts, mask, (mean * scale).float(), scale, variance * scale**2, rho)
+    return Harvest(acts, mask, (mean * scale).float(), scale, variance * scale**2, rho, (sample_acts, sample_mask))
+
+
+@functools.lru_cache(2)
+def chunk_order(seed, epoch, chunks):
+    """The order of all chunks in one pass over the harvest."""
+    return np.random.default_rng([seed, epoch]).permutation(chunks)
+
+
+@functools.lru_cache(2)
+def generation_order(seed, generation, chunks):
+    """The order of a generation's chunks, B of one half and A of the next (see Stream), as places in the buffer of both."""
+    halves = (generation, generation + 1)
+    b, a = (np.random.default_rng([seed, half]).permutation(chunks) + half % 2 * chunks for half in halves)
+    return np.random.default_rng([seed, generation, 1]).permutation(np.r_[b[chunks // 2 :], a[: chunks // 2]])
+
+
+def chunk_ids(seed, step, per_step, chunks):
+    """The chunks of a step, per_step of all `chunks` of a cached harvest."""
+    at = step * per_step + np.arange(per_step)
+    return np.array([chunk_order(seed, int(a // chunks), chunks)[a % chunks] for a in at])
 
 
 def batch(harvest, cfg, seed, step):
-    """Step's batch: x (B,d_in) float32 scaled, mask (B/C,C) int32, number of valid tokens.
+    """Step's batch: x (B,d_in) float32 scaled, mask (B/C,C) int32 (this process's share), number of valid tokens in all.
 
     Chunks of C neighbouring tokens are shuffled, not tokens, so windows stay whole while a batch mixes many
     documents. The order is a function of (seed, step) alone: resuming needs no cursor, and runs are paired."""
-    N, T, d_in = harvest.acts.shape
-    C, per_step = cfg.chunk_size, cfg.batch_size // cfg.chunk_size
-    chunks = N * T // C
-    at = step * per_step + np.arange(per_step)
-    orders = {e: np.random.default_rng([seed, int(e)]).permutation(chunks) for e in np.unique(at // chunks)}
-    ids = np.array([orders[a // chunks][a % chunks] for a in at])
-    x = as_float(harvest.acts.reshape(-1, C, d_in)[ids]).reshape(-1, d_in)
-    mask = harvest.mask.reshape(-1, C)[ids]
+    (N, T, d_in), C = harvest.acts.shape, cfg.chunk_size
+    if isinstance(harvest.acts, Stream):
+        acts, mask, ids = harvest.acts.serve(seed, step)
+    else:
+        acts, mask, ids = harvest.acts, harvest.mask, chunk_ids(seed, step, cfg.batch_size // C, N * T // C)
+    n_valid = int((mask.reshape(-1, C)[ids] > 0).sum())
+    ids = ids[RANK::WORLD]
+    x = as_float(acts.reshape(-1, C, d_in)[ids]).reshape(-1, d_in)
+    mask = torch.from_numpy(mask.reshape(-1, C)[ids])
     device = pick_device(cfg.device)
-    return (x * harvest.scale).to(device, non_blocking=True), torch.from_numpy(mask).to(device), int((mask > 0).sum())
+    return (x * harvest.scale).to(device, non_blocking=True), mask.to(device, non_blocking=True), n_valid
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Trainer
 # ------------------------------------------------------------------------------------------------------------
+
+
+DEAD_EVERY = 20  # steps
 
 
 class Trainer:
@@ -1020,11 +1466,14 @@ class Trainer:
         """variance, rho: of the scaled activations (see Harvest)."""
         self.cfg, self.sae, self.variance, self.rho = cfg, sae.to(device), variance, rho
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
-        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and P
+        self.moments = torch.zeros(5, self.n_bound, device=device)  # running variance, lag-1 covariance, D, P and E[z],
+        self.n_moments = 0  # after so many updates from zero
+        # what `forward` leaves for `temporal`: where the batch's selection stopped (with l1: 0), and the dense product
+        self.threshold, self.dense = torch.zeros((), device=device), None
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(sae.d_sae, device=device)  # tokens since a latent last fired
-        self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices, renewed every log_every steps
+        self.dead = torch.zeros(0, dtype=torch.long, device=device)  # their indices, renewed every DEAD_EVERY steps
 
     def lr(self, step):
         """Linear warm-up, then a cosine down to a tenth (or constant)."""
@@ -1039,79 +1488,143 @@ class Trainer:
         return self.cfg.temp_alpha * min(1.0, max(0.0, step / ramp - 1.0)) if self.cfg.temporal else 0.0
 
     def forward(self, x, bias, mask, n_valid):
-        """x (B,d_in) scaled, bias (d_sae,) the encoder's whole one, mask (B/C,C) -> (acts, pairs or None, x_hat). Codes are sparse unless sparsity is l1."""
-        sae, ok = self.sae, mask.flatten() > 0
+        """x (B,d_in) scaled, bias (d_sae,) the encoder's whole one, mask (B/C,C) -> (acts, pairs or None, x_hat, L1).
+
+        Codes are sparse, acts (P,) at their pairs, unless sparsity is l1: then acts (B,d_sae). L1 is the codes' sum."""
+        sae, ok, l1 = self.sae, mask.flatten() > 0, 0.0
         if self.cfg.sparsity == "l1":
-            pre = F.linear(x.to(self.matmul_dtype), sae.W_enc.t().to(self.matmul_dtype)).float() + bias
-            acts, pairs = sae.activate(pre) * ok[:, None], None
-            decoded = (acts.to(self.matmul_dtype) @ sae.W_dec.to(self.matmul_dtype)).float()
+            acts, l1, decoded = DenseCodes.apply(x.to(self.matmul_dtype), sae.W_enc, bias, sae.W_dec, ok)
+            pairs, self.dense = None, acts.detach()
         else:
             with torch.no_grad():
-                pairs, pre, threshold = select(sae, x, bias, ok, n_valid, self.matmul_dtype)
-                sae.threshold.copy_(threshold)  # of this batch: the next one's hint; fit_threshold has the last word
+                pairs, pre, self.threshold, self.dense = select(sae, x, bias, ok, n_valid, self.matmul_dtype)
+                if sae.sparsity == "batchtopk":
+                    sae.threshold.copy_(self.threshold)  # the next batch's hint; fit_threshold has the last word
             acts = sae.activate(SparseEncode.apply(x, sae.W_enc, bias, pre, pairs)) * ok[pairs.token]
             decoded = SparseDecode.apply(acts, sae.W_dec, pairs)
         x_hat = decoded + sae.b_dec
         if hasattr(sae, "W_skip"):
             x_hat = x_hat + (x - sae.b_dec) @ sae.W_skip
-        return acts, pairs, x_hat
+        return acts, pairs, x_hat, l1
 
-    def temporal(self, x, bias, pairs, mask):
-        """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample).
-
-        Their activations are computed again, densely: small enough, and a neighbour's pre-activation then takes part,
-        with a gradient of its own, also where it lost the selection."""
-        cfg, sae, F_ = self.cfg, self.sae, self.n_bound
-        mask = mask[: cfg.temp_chunks]
-        n, W = mask.numel(), sae.W_enc.t()[:F_]
-        z = sae.activate(F.linear(x[:n].to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:F_])
-        active = z > 0
-        if pairs is not None:  # row n and column F_ take what lies outside: no host sync
-            active = torch.zeros(n + 1, F_ + 1, dtype=torch.bool, device=x.device)
-            active[pairs.token.clamp(max=n), pairs.latent.clamp(max=F_)] = True
-            active = active[:n, :F_]
-        z, active = z.view(*mask.shape, F_), active.view(*mask.shape, F_)
-        z, active, mask = self.reorder(z, active, mask)
-        if cfg.temp_codes == "post":
-            z = z * active
+    def temporal(self, x, bias, acts, pairs, mask, step):
+        """The temporal loss over the first temp_chunks chunks (chunks are shuffled, so they are a fair sample)."""
+        cfg, mask = self.cfg, mask[: self.cfg.temp_chunks // WORLD]
         if cfg.temp_loss.startswith("infonce"):
-            return infonce_loss(z * active, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
+            codes, mask = self.dense_codes(x, bias, acts, pairs, mask, step)
+            return infonce_loss(codes, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
+        ends, covariance = self.ends(x, bias, acts, pairs, mask, step)
         if cfg.temp_loss == "selective":
-            moments = pair_moments(z, mask, cfg.window, active)
-            return selective_loss(*moments, *self.gate(z.detach() * active, mask, *moments))
-        return WINDOW_LOSSES[cfg.temp_loss](z, mask, cfg.window, active)
+            moments = *ends.moments(), ends.mean(ends.a + ends.b) / 2
+            return selective_loss(*moments, *self.gate(ends.variance, covariance, *moments))
+        return WINDOW_LOSSES[cfg.temp_loss](ends)
 
-    def reorder(self, z, active, mask):
-        """The controls: same loss, but its neighbours are not neighbours."""
+    def ends(self, x, bias, acts, pairs, mask, step):
+        """-> (Ends of the sample's tokens, lag-1 covariance of the codes (n_bound,)).
+
+        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part,
+        with a gradient of its own, also where it lost the selection. All of it is sparse."""
+        cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
+        if pairs is None:
+            token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
+            here = acts[token, latent].float()
+        else:  # on a GPU a length that is known without waiting: the sample does not have twice its share
+            m = min(len(acts), 2 * sae.k * n) if x.is_cuda else int(pairs.token_ptr[n])
+            token, latent, here = pairs.token[:m], pairs.latent[:m], acts[:m]
+        bound = ((token < n) & (latent < self.n_bound)).float()
+        # 1 + where a (token, latent) stands among the selected, 0 if it does not; what is beyond the sample goes into row n
+        where = torch.zeros((n + 1) * d_sae, dtype=torch.int32, device=x.device)
+        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, dtype=torch.int32, device=x.device)
+        token, bound_latent = token.clamp(max=n - 1), latent.clamp(max=self.n_bound - 1)
+
+        order, docs = self.reorder(mask, step)
+        beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
+        other, ok = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
+        key = other[:, token] * d_sae + latent
+        both = where[key] > 0
+        count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
+        weight = ok[:, token] * bound * (1 - both.float() / 2) / count
+        read = (both if cfg.temp_codes == "post" else self.near(key)) & (bound > 0)
+        there = self.look_up(x, bias, other, token, latent, read)
+        a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
+
+        # moments of the codes themselves, in the true order also in the controls
+        after, together = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
+        at, codes = where[after[token] * d_sae + latent], here.detach() * bound
+        sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * together[token]])
+        sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, bound_latent, sums)
+        n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), together.sum()])).clamp(min=1)
+        mean, square, product = agreed(sums) / torch.stack([n_valid, n_valid, n_pairs])[:, None]
+        ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(),
+                    cfg.window)
+        return ends, product - mean.square()
+
+    def near(self, key):
+        """key (O,m), places in the batch's dense product -> bool: whether a value other than 0 may be read there.
+
+        With soft it may at one in three to six. The product may be bfloat16, hence the margin of a twentieth."""
+        value, threshold = self.dense.view(-1)[key], self.threshold
+        if self.cfg.temp_codes == "soft":
+            return value > (0.95 - self.cfg.temp_fade) * threshold
+        return value > -0.05 * threshold.abs() if self.sae.nonlinearity == "relu" else torch.ones_like(key, dtype=torch.bool)
+
+    def look_up(self, x, bias, other, token, latent, read):
+        """Activations before selection, (O,m) float32, of latent[j] at token other[o,token[j]] where `read` (O,m) says so,
+        elsewhere 0; with their gradient."""
+        # On a GPU all are computed: nonzero would wait for it.
+        some = torch.arange(read.numel(), device=x.device) if x.is_cuda else read.flatten().nonzero()[:, 0]
+        place = (token + other.shape[1] * torch.arange(len(other), device=x.device)[:, None]).flatten()[some]
+        x, latent = x[other.flatten()], latent.repeat(len(other))[some]
+        pairs = make_pairs(place, latent, len(x), self.sae.d_sae)
+        with torch.no_grad():
+            pre = pair_dots(x, self.sae.W_enc.t(), place, latent, pairs.token_ptr) + bias[latent]
+        found = self.sae.activate(SparseEncode.apply(x, self.sae.W_enc, bias, pre, pairs))
+        return found.new_zeros(read.numel()).index_copy(0, some, found).view_as(read) * read
+
+    def dense_codes(self, x, bias, acts, pairs, mask, step):
+        """Codes (N,T,n_bound) of the sample and its mask (N,T), for losses that compare whole tokens. Of many processes each
+        sees the whole sample."""
+        n, W, bound = mask.numel(), self.sae.W_enc.t()[: self.n_bound], self.n_bound
+        if pairs is None:
+            active = acts[:n, :bound] > 0
+        else:  # row n and the last column take what lies outside: no host sync
+            active = torch.zeros(n + 1, bound + 1, dtype=torch.bool, device=x.device)
+            active[pairs.token.clamp(max=n), pairs.latent.clamp(max=bound)] = True
+        active = interleaved(active[:n, :bound].view(*mask.shape, bound))
+        x, mask = interleaved(x[:n].view(*mask.shape, -1)), interleaved(mask)
+        z = F.linear(x.flatten(0, 1).to(self.matmul_dtype), W.to(self.matmul_dtype)).float() + bias[:bound]
+        order, mask = self.reorder(mask, step)
+        return (self.sae.activate(z) * active.view(-1, bound))[order], mask
+
+    def reorder(self, mask, step):
+        """mask (N,T) -> (order (N,T): the tokens as they stand beside each other for the loss, document of each, 0 = none).
+
+        In the controls the loss is the same, but its neighbours are not neighbours."""
         (N, T), control = mask.shape, self.cfg.control
-        if control == "none":
-            return z, active, mask
-        rows, columns = torch.arange(N, device=z.device)[:, None], torch.arange(T, device=z.device)
+        rows, columns = torch.arange(N, device=mask.device)[:, None], torch.arange(T, device=mask.device)
         if control == "other_docs":  # each position of a window from another chunk
-            rows, columns = (rows - columns % self.cfg.window) % N, columns.expand(N, T)
-            return z[rows, columns], active[rows, columns], (mask[rows, columns] > 0).int()
-        run = (mask != mask.roll(1, 1)).cumsum(1)
-        columns = (run + 0.99 * torch.rand(N, T, generator=self.shuffle).to(z.device)).argsort(1)  # inside each run
-        return z[rows, columns], active[rows, columns], mask
+            rows = (rows - columns % self.cfg.window) % N
+            return rows * T + columns, (mask[rows, columns] > 0).int()
+        if control == "permuted":  # inside each document
+            run = (mask != mask.roll(1, 1)).cumsum(1)
+            noise = torch.rand(N, T, generator=torch.Generator().manual_seed(step)).to(mask.device)
+            columns = (run + 0.99 * noise).argsort(1)
+        return rows * T + columns, mask
 
     @torch.no_grad()
-    def gate(self, codes, mask, difference, power):
-        """Running statistics of each bound latent, from its codes (N,T,n_bound) and their pair_moments -> (flicker, weight), both (n_bound,), constants to the gradient.
+    def gate(self, *moments):
+        """Variance and lag-1 covariance of each bound latent's codes, and D, P and E[z] of what the loss reads (see
+        selective_loss) -> running (E[z], flicker, weight), all (n_bound,), constants to the gradient.
 
-        weight_i = min(1, rho_i / rho_x)^p / sqrt(Var_i * mean Var) / n: rho_i the latent's own autocorrelation, rho_x
-        the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
-        valid = (mask > 0).unsqueeze(-1).float()
-        mean = (codes * valid).sum((0, 1)) / valid.sum().clamp(min=1)
-        a, b, ok = neighbours(codes, mask, 1)
-        now = torch.stack([(codes.square() * valid).sum((0, 1)) / valid.sum().clamp(min=1) - mean.square(),
-                           (a * b * ok).sum((0, 1)) / ok.sum().clamp(min=1) - mean.square(),
-                           difference, power])
-        self.moments.lerp_(now, 0.02)  # both sides of each ratio share the zero they start from
-        variance, covariance, difference, power = self.moments
+        weight_i = min(1, rho_i / rho_x)^p / sqrt((Var_i + mean Var) * mean Var) / n: rho_i the latent's own autocorrelation,
+        rho_x the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
+        self.moments.lerp_(torch.stack(moments), 0.02)
+        self.n_moments += 1
+        variance, covariance, difference, power, mean = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
         gate = (rho / max(self.rho, 1e-3)).clamp(max=1) ** self.cfg.gate_power
-        weight = gate / ((variance + 0.05 * variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
-        return difference / power.clamp(min=1e-9), weight
+        weight = gate / ((variance + variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
+        return mean, difference / (power - 2 * mean.square()).clamp(min=1e-9), weight
 
     def auxk(self, x, bias, residual, ok):
         """AuxK (Gao et al. 2024): the dead latents with the largest pre-activations explain what is left over.
@@ -1123,20 +1636,23 @@ class Trainer:
         codes = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         left, ok = residual[:n].detach(), ok[:n]
         error = (left - (codes.to(dtype) @ sae.W_dec[dead].to(dtype)).float()).square().sum(1) * ok
-        return error.sum() / (left.square().sum(1) * ok).sum().clamp(min=1e-8)
+        return error.sum() / agreed((left.square().sum(1) * ok).sum()).clamp(min=1e-8)
 
     def step(self, x, mask, n_valid, step, log=False):
         """One optimiser step: forward, losses, backward, update. Returns the loss terms (0-dim tensors).
 
-        x (B,d_in) float32 scaled activations, mask (B/C,C) int32, n_valid valid tokens among them.
-        Raises FloatingPointError before the update when a loss or gradient is not finite."""
+        x (B,d_in) float32 scaled activations, mask (B/C,C) int32, n_valid valid tokens among them and, of many processes,
+        among the others' too: each term is this process's part of a sum over all, and so is its gradient.
+        Raises FloatingPointError before the update when a loss or gradient is not finite; on a GPU such a step is left out, and
+        only a logged one raises."""
         cfg, sae, ok = self.cfg, self.sae, (mask.flatten() > 0).float()
         if cfg.layernorm:
             x = sae.normalise(x)[0]
         bias = sae.b_enc - sae.b_dec @ sae.W_enc  # (x - b_dec) @ W_enc + b_enc without a second copy of x
-        acts, pairs, x_hat = self.forward(x, bias, mask, n_valid)
+        acts, pairs, x_hat, l1 = self.forward(x, bias, mask, n_valid)
         residual = x - x_hat
         # fraction of variance unexplained: coefficients mean the same for any model and layer
+        n_valid = max(n_valid, 1)  # a batch of special tokens only is a step of zero gradients
         terms = {"recon": (residual.square().sum(1) * ok).sum() / n_valid / self.variance}
         loss = terms["recon"]
         if cfg.matryoshka_alpha and pairs is not None:
@@ -1144,25 +1660,35 @@ class Trainer:
             terms["matryoshka"] = ((x - leading).square().sum(1) * ok).sum() / n_valid / self.variance
             loss = loss + cfg.matryoshka_alpha * terms["matryoshka"]
         if cfg.sparsity == "l1":
-            terms["l1"] = acts.abs().sum() / n_valid
+            terms["l1"] = l1 / n_valid
             loss = loss + cfg.l1_alpha * terms["l1"]
         if cfg.temporal and (weight := self.temp_weight(step)) > 0:
-            self.shuffle = torch.Generator().manual_seed(step)  # only the permuted control draws from it
-            terms["temporal"] = self.temporal(x, bias, pairs, mask)
+            terms["temporal"] = self.temporal(x, bias, acts, pairs, mask, step) / WORLD
             loss = loss + weight * terms["temporal"]
             if log:  # how hard the temporal loss pulls at the encoder, against reconstruction
-                pull = [torch.autograd.grad(t, sae.W_enc, retain_graph=True)[0].norm() for t in (terms["temporal"], terms["recon"])]
-                terms["temporal_grad_ratio"] = weight * pull[0] / pull[1]
+                pull = [agreed(torch.autograd.grad(terms[name], sae.W_enc, retain_graph=True)[0].contiguous()).norm()
+                        for name in ("temporal", "recon")]
         if cfg.auxk_alpha and len(self.dead):
             terms["auxk"] = self.auxk(x, bias, residual, ok)
             loss = loss + cfg.auxk_alpha * terms["auxk"]
+        terms["loss"] = loss
+        self.dense = None  # (B,d_sae): not kept through backward and the next selection
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
+            firings = acts.amax(0).float() if pairs is None else torch.zeros_like(self.silent_tokens).index_add_(
+                0, pairs.latent, (acts > 0).float())
+            if WORLD > 1:  # everything in one message
+                parts = [p.grad for p in sae.parameters()] + [firings, torch.stack(list(terms.values()))]
+                whole = agreed(torch.cat([part.flatten() for part in parts]))
+                for part, summed in zip(parts, whole.split([part.numel() for part in parts])):
+                    part.copy_(summed.view_as(part))
+                terms = dict(zip(terms, parts[-1]))
+            if "temporal" in terms and log:
+                terms["temporal_grad_ratio"] = weight * pull[0] / pull[1]
             # rows stay on the unit sphere: only the gradient along it is a change of direction
             sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
             terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg.grad_clip or math.inf)
-            terms["loss"] = loss.detach()
             bad = ~torch.isfinite(terms["loss"] + terms["grad_norm"])
             self.optimizer.found_inf = bad.float()  # fused Adam then leaves the weights alone, without a host sync
             if (log or not x.is_cuda) and bad:
@@ -1172,23 +1698,36 @@ class Trainer:
                 group["lr"] = self.lr(step)
             self.optimizer.step()
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-            fired = (acts > 0).any(0) if pairs is None else pairs.latent_ptr.diff() > 0
-            self.silent_tokens.add_(n_valid).masked_fill_(fired, 0)
-            if log:
+            self.silent_tokens.add_(n_valid).masked_fill_(firings > 0, 0)
+            if step % DEAD_EVERY == 0:  # nonzero waits for the GPU
                 self.dead = (self.silent_tokens > cfg.dead_tokens).nonzero()[:, 0]
-                terms["l0"] = (acts != 0).sum() / n_valid
+            if log:
+                terms["l0"] = agreed((acts != 0).sum()) / n_valid
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
 
     def state(self):
         """All that the next step depends on, besides (seed, step)."""
         return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "silent_tokens": self.silent_tokens,
-                "dead": self.dead, "moments": self.moments}
+                "dead": self.dead, "moments": self.moments, "n_moments": self.n_moments}
 
     def load(self, state):
         """Undo `state`."""
         self.sae.load_state_dict(state["sae"]), self.optimizer.load_state_dict(state["optimizer"])
-        self.silent_tokens, self.dead, self.moments = state["silent_tokens"], state["dead"], state["moments"]
+        self.n_moments = state["n_moments"]
+        for name in ("silent_tokens", "dead", "moments"):
+            setattr(self, name, state[name].to(self.silent_tokens.device))
+
+
+def keep_freed_memory(on):
+    """While on, glibc keeps what a step frees: to get it from the system again, page by page, takes a tenth of the step.
+
+    For training only, whose blocks are of the same sizes at each step. Elsewhere they leave holes that nothing fits, and
+    memory would grow with the harvest."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0 if on else 65536), libc.mallopt(-1, 2**31 - 1 if on else 128 << 10)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        on or libc.malloc_trim(0)
 
 
 @torch.no_grad()
@@ -1197,8 +1736,8 @@ def fit_threshold(sae, harvest, cfg):
 
     On rows, not on a strided sample of a flattened batch: each latent must be seen at its true rate."""
     kept, n_valid = [], 0
-    for i in np.linspace(0, len(harvest.acts) - 1, min(512, len(harvest.acts))).astype(int):
-        x = as_float(np.array(harvest.acts[i]))[torch.from_numpy(harvest.mask[i] > 0)].to(sae.W_enc.device) * harvest.scale
+    for acts, mask in zip(*harvest.sample):
+        x = as_float(acts)[torch.from_numpy(mask > 0)].to(sae.W_enc.device) * harvest.scale
         x = sae.normalise(x)[0] if sae.layernorm else x
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         kept.append(pre[pre > 0.5 * sae.threshold])  # the last batch's threshold: far below is never needed
@@ -1214,28 +1753,38 @@ def train(cfg, seed, harvest, stop):
     sae = SAE(harvest.acts.shape[-1], cfg.d_sae, cfg.k, cfg.sparsity, cfg.nonlinearity, cfg.layernorm, cfg.skip)
     sae.initialise(cfg.init, harvest.mean, torch.Generator().manual_seed(seed))
     trainer = Trainer(cfg, sae, harvest.variance, harvest.rho, device)
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # TF32
+    torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32, for training only
     first = restore(run_dir, trainer, seed)
+    keep_freed_memory(True)
 
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1)
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1,
+               disable=RANK > 0)
     began, tokens = time.perf_counter(), 0
-    with open(run_dir / "log.jsonl", "a") as log_file, stop.deferred():
+    with open(run_dir / "log.jsonl" if RANK == 0 else os.devnull, "a") as log_file, stop.deferred():
         for step in bar:
-            log = step % cfg.log_every == 0 or step == cfg.steps - 1
-            x, mask, n_valid = batch(harvest, cfg, seed, step)
-            terms = trainer.step(x, mask, n_valid, step, log)
+            log, save = step % cfg.log_every == 0 or step == cfg.steps - 1, (step + 1) % cfg.checkpoint_every == 0
+            try:
+                x, mask, n_valid = batch(harvest, cfg, seed, step)
+            except Interrupted:  # while the buffer of a streamed harvest was filled
+                if RANK == 0:
+                    checkpoint(run_dir, trainer, seed, step)
+                raise
+            terms = trainer.step(x, mask, n_valid, step, log or save)  # on a GPU only these steps are checked for NaN
+            release(harvest.acts)  # else 20 steps' pages weigh as much as the rest
             tokens += n_valid
             if log:
                 line = {name: float(value) for name, value in terms.items()}
                 rate = tokens / (time.perf_counter() - began)
                 line = {"seed": seed, "step": step, "lr": trainer.lr(step), **line, "tokens_per_s": round(rate)}
                 log_file.write(json.dumps(line) + "\n"), log_file.flush()
-                release(harvest.acts)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}", tok_s=f"{rate:,.0f}", refresh=False)
-            if stop.signal or (step + 1) % cfg.checkpoint_every == 0:
+            number = highest(stop.signal)  # all stop after the same step
+            if (number or save) and RANK == 0:
                 checkpoint(run_dir, trainer, seed, step + 1)
-                stop.check()
+            if number:
+                raise Interrupted(number)
+    torch.set_float32_matmul_precision("highest")
+    keep_freed_memory(False)
     if cfg.sparsity == "batchtopk":
         fit_threshold(sae, harvest, cfg)
     sae.fold_scale(harvest.scale)
@@ -1260,15 +1809,15 @@ def checkpoint(run_dir, trainer, seed, step):
 def restore(run_dir, trainer, seed):
     """Load the checkpoint if it is of this seed, cut log.jsonl back to it, return the next step."""
     path, log, first = run_dir / "checkpoint" / "state.pt", run_dir / "log.jsonl", 0
-    if path.exists():
-        try:
-            state = torch.load(path, weights_only=True)
-            if state["seed"] == seed:
-                trainer.load(state)
-                first = state["step"]
-        except Exception as e:  # torch raises many kinds for a damaged or malicious file
-            raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); --overwrite starts again") from None
-    if log.exists():
+    try:  # the first process reads: of several machines only its own need hold the run directory
+        state = shared(torch.load(path, map_location="cpu", weights_only=True) if RANK == 0 and path.exists() else None)
+        if state and state["seed"] == seed:
+            trainer.load(state)
+            first = state["step"]
+    except Exception as e:  # torch raises many kinds for a damaged or malicious file
+        raise RuntimeError(f"the checkpoint {path} cannot be used ({first_line(e)[:200]}); "
+                           "--overwrite starts again") from None
+    if RANK == 0 and log.exists():
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may tear the last one
         lines = [line for line in lines if (at := json.loads(line))["seed"] != seed or at["step"] < first]
         replace(log, "".join(line + "\n" for line in lines))
@@ -1297,15 +1846,19 @@ def save_sae(sae, folder, cfg, x):
     if foreign:
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
-    embedded = {EMBEDDED_LM: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    source = {"model_name": "HuggingFaceTB/SmolLM2-135M-Instruct" if cfg.model == EMBEDDED_LM else cfg.model,
+              "hook_name": f"blocks.{cfg.layer}.hook_resid_post", "hook_layer": cfg.layer, "prepend_bos": True,
+              "context_size": cfg.context_size, "dataset_path": cfg.dataset}
+    if cfg.acts:  # whose they are is not known here
+        source = dict.fromkeys(source) | {"dataset_path": Path(cfg.acts).name}
+    elif cfg.model == EMBEDDED_LM:
+        source["model_weights"] = "Q4_1, dequantised"
     spec = {
         "architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "layer_norm" if sae.layernorm else "none",
         "reshape_activations": "none",
         **({"k": sae.k} if sae.sparsity == "topk" else {}),
-        "metadata": {"sae_lens_version": "6.0.0", "model_name": embedded.get(cfg.model, cfg.model),
-                     "hook_name": f"blocks.{cfg.layer}.hook_resid_post", "hook_layer": cfg.layer, "prepend_bos": True,
-                     "context_size": cfg.context_size, "dataset_path": cfg.dataset},
+        "metadata": {"sae_lens_version": "6.0.0", **source},
         "temporal_sae": {"k": sae.k, "sparsity": sae.sparsity, "nonlinearity": sae.nonlinearity,
                          "layernorm": sae.layernorm, "skip": cfg.skip, "sha256": tensor_hash(tensors)},
     }
@@ -1337,7 +1890,8 @@ def load_sae(folder, device="cpu"):
         sae = SAE(spec["d_in"], spec["d_sae"], *(ours[n] for n in ("k", "sparsity", "nonlinearity", "layernorm", "skip")))
         sae.load_state_dict(tensors, strict=False)
     except FileNotFoundError as e:
-        raise ValueError(f"{folder} holds no weights ({Path(e.filename).name} is missing); git does not keep them: run it again") from None
+        raise ValueError(f"{folder} holds no weights ({Path(e.filename).name} is missing); git does not keep them: "
+                         "run it again") from None
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as e:
         raise ValueError(f"{folder}: the weights cannot be used ({first_line(e)})") from None
     return sae.to(device).requires_grad_(False)
@@ -1361,6 +1915,12 @@ def comparable(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in ("out_dir", "resume", "overwrite", "debug", "cache_dir")}
 
 
+def made_by(run_dir):
+    """SHA-256 of the experiment.py that made a run; None for a directory that is no run."""
+    path = run_dir / "environment.json"
+    return json.loads(path.read_text()).get("experiment_sha256") if path.exists() else None
+
+
 def check_claim(cfg):
     """Raise ValueError for a run directory that is in use and not to be resumed, or that does not fit what is resumed."""
     run_dir, saved = cfg.run_dir, cfg.run_dir / "config.json"
@@ -1372,7 +1932,9 @@ def check_claim(cfg):
         differ = [k for k, v in comparable(cfg).items() if old.get(k) != v]
         if differ:
             raise ValueError(f"--resume: {run_dir} was made with other settings of {', '.join(differ)}")
-    elif found and not saved.exists():
+        if made_by(run_dir) != hashlib.sha256(SOURCE.encode()).hexdigest():
+            raise ValueError(f"--resume: {run_dir} was made by another experiment.py than this one")
+    elif found and not made_by(run_dir):
         raise ValueError(f"{run_dir} holds something that is not a run: choose another --out_dir")
     elif found and not cfg.overwrite:
         # a clone brings the records of our runs without their weights; git can bring them back, so they may go
@@ -1401,21 +1963,30 @@ def claim(cfg):
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. Returns the contents of final_info.json."""
     run_dir, seeds = cfg.run_dir, range(cfg.seed, cfg.seed + cfg.n_seeds)
+    if RANK > 0:  # the first process writes and scores; the others harvest and train with it
+        todo = shared(None)
+        harvest = load_harvest(cfg, stop) if todo else None
+        for seed in todo:
+            train(cfg, seed, harvest, stop)
+        return {}
     check_claim(cfg)
     run_dir.mkdir(parents=True, exist_ok=True)
     with held(run_dir / ".lock"):
         try:
             # a seed is done when its cfg.json is there; what is in the way goes only when there is something to train on
             todo = [s for s in seeds if not (cfg.resume and (run_dir / f"seed_{s}" / "cfg.json").exists())]
+            shared(todo)
             harvest = load_harvest(cfg, stop) if todo else None
             if not cfg.resume:
                 claim(cfg)
             for seed in todo:
                 sae = train(cfg, seed, harvest, stop)
-                x = as_float(np.array(harvest.acts[0]))[torch.from_numpy(harvest.mask[0] > 0)][:8].contiguous()
+                acts, mask = (a[0] for a in harvest.sample)
+                x = as_float(acts)[torch.from_numpy(mask > 0)][:8].contiguous()
                 trained = save_sae(sae, run_dir / f"seed_{seed}", cfg, x)
                 loaded = load_sae(run_dir / f"seed_{seed}")
-                assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())), "saved weights differ from the trained"
+                same = [torch.equal(p, q) for p, q in zip(sae.parameters(), loaded.parameters())]
+                assert all(same) and torch.equal(sae.threshold, loaded.threshold), "saved weights differ from the trained"
                 say(f"seed {seed}: weights {trained[:12]} saved in {run_dir / f'seed_{seed}'}")
             shutil.rmtree(run_dir / "checkpoint", ignore_errors=True)
             return evaluate.evaluate_run(run_dir, sys.modules[__name__])
@@ -1426,7 +1997,8 @@ def run(cfg, stop):
 
 def parse(argv):
     """Command line -> Config. Bad usage is one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
     for f in fields(Config):
         names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
@@ -1438,27 +2010,31 @@ def parse(argv):
 
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 run failed, 2 bad usage, 130/143 stopped by a signal."""
-    stop, debug = Stop(), "--debug" in (argv or sys.argv)
+    stop, cfg = Stop(), None
     try:
         cfg = parse(argv)
         check(cfg)
         if not cfg.acts:
             check_lm(cfg)
-        print(f"run directory: {cfg.run_dir}", flush=True)
+        join(pick_device(cfg.device))
+        if RANK == 0:
+            print(f"run directory: {cfg.run_dir}", flush=True)
         info = run(cfg, stop)
+        if RANK > 0:
+            return 0
         print("---")
         for name, value in next(iter(info.values()))["means"].items():
             print(f"{name}: {value:.6g}")
         print(f"run directory: {cfg.run_dir}\nnext: python plot.py")
         return 0
-    except Interrupted:
+    except Interrupted as e:
         say("stopped; go on with the same command" + (" and --resume" if (cfg.run_dir / "config.json").exists() else ""))
-        return 128 + stop.signal
+        return 128 + e.args[0]
     except Exception as e:  # whatever went wrong, the user gets one sentence; --debug shows the traceback
-        if debug:
+        if cfg and cfg.debug:
             traceback.print_exc()
         memory = isinstance(e, MemoryError) or "memory" in str(e).lower()
-        knobs = "; lower --batch_size, --d_sae, --context_size or --harvest_tokens" if memory else ""
+        knobs = "; lower --batch_size, --d_sae, --context_size or --buffer_gb" if memory else ""
         print(f"error: {first_line(e)}{knobs}", file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1
 
