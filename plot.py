@@ -328,32 +328,12 @@ def position_correlation(runs):
     plt.colorbar(image, ax=axes, extend="both", shrink=0.8, pad=0.01, label="correlation")
 
 
-def block(run):
-    """Latents that fire together: of the heaviest (drawn below) those that correlate above .6 with more than ten others.
-
-    -> (seeds, 5): their number, their share of all firings, and without them autocorr_1, the same weighted by firing, and
-    autocorr_within_1."""
-    rows = []
-    for one in run.consistency:
-        matrix, latents = one["redundancy"]["matrix"], one["latents"]
-        friends = (np.array(matrix["corr"], float) > 0.6).sum(1) - 1
-        together = np.isin(latents["index"], np.array(matrix["latents"])[friends > 10])
-        rate, rho, within = (np.array(latents[key], float) for key in ("rate", "autocorr_1", "within_1"))
-        kept = ~together & np.isfinite(rho)
-        rows.append([together.sum(), rate[together].sum() / rate.sum(), rho[kept].mean(), np.average(rho[kept], weights=rate[kept]),
-                     np.nanmean(within[~together])])
-    return np.array(rows)
-
-
 def redundancy(runs):
     """Latent x latent correlation ordered by cluster, and the histogram of best partners."""
     found = [run.consistency[0]["redundancy"] for run in runs]
     low = min(np.min(one["matrix"]["corr"]) for one in found)
     ((*squares, right),) = canvas(1, len(runs) + 1, 4.1, "Redundant latents")
     for ax, run, one in zip(squares, runs, found):
-        number, share, *without = block(run).T
-        print(f"{run.name}: {number.min():.0f} to {number.max():.0f} latents fire together, {mean_se(share)[0]:.3f} of all firings; without them "
-              + "autocorr_1 {:.4f}, weighted by firing {:.4f}, within documents {:.4f}".format(*np.mean(without, 1)))
         n, starts = len(one["matrix"]["corr"]), np.flatnonzero(np.diff(one["matrix"]["clusters"])) + 0.5  # of the next cluster
         image = ax.imshow(one["matrix"]["corr"], vmin=low, vmax=1)
         ax.set(title=f"{run.label}\neffective rank {one['effective_rank']:.0f} of {one['latents']}",

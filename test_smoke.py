@@ -2233,17 +2233,6 @@ def test_the_gain_at_equal_firing_rates():
     assert np.allclose(equal, .02) and (plain > .05).all(), "a higher rate is no gain"
 
 
-def test_a_block_of_latents_that_fire_together_is_found():
-    import plot
-    corr = np.eye(15) * .5 + .5  # of 20 latents the heaviest 15; the first twelve of those fire together
-    corr[:12, :12] += .3
-    latents = {"index": list(range(20)), "rate": [.04] * 12 + [.02] * 8, "autocorr_1": [.9] * 12 + [.1, .3, None] + [.1] * 5,
-               "within_1": [.8] * 12 + [.2] * 8}
-    one = {"redundancy": {"matrix": {"corr": corr.tolist(), "latents": list(range(15))}}, "latents": latents}
-    ((number, share, *without),) = plot.block(types.SimpleNamespace(consistency=[one]))
-    assert number == 12 and np.allclose([share, *without], [.48 / .64, .9 / 7, .9 / 7, .2])
-
-
 @pytest.mark.parametrize("kind", ["l1", "topk", "batchtopk", "batchtopk+temporal"])
 def test_the_benchmarked_step_is_a_training_step(kind):
     import bench
@@ -2305,12 +2294,11 @@ def test_every_number_with_an_error_stands_in_a_record():
     as_committed()
     import plot
     runs = {p.parent.name: next(iter(read(p).values()))["final_info_dict"] for p in (HERE / "runs").glob("*/final_info.json")}
-    runs |= {arm: scores for arm, scores in read(HERE / "runs" / "truth.json").items() if isinstance(scores, dict)}
-    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|tsae|matryoshka", run)]
+    for name in ("checks", "truth"):
+        runs |= {arm: scores for arm, scores in read(HERE / "runs" / f"{name}.json").items() if isinstance(scores, dict)}
+    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|without|tsae|matryoshka", run)]
     drawn = plot.find_runs(HERE / "runs")
     known = [gain for name in ("run_6", "tsae_paper") for gain in plot.gains(drawn["run_0"], drawn[name])]
-    without, whole = plot.block(drawn["run_6"]).T, plot.block(drawn["run_0"]).T  # the baseline has no such block
-    known += [*without, *(without[2:] / whole[2:])]
     for run, scores in runs.items():
         for key, values in scores.items():
             known.append(np.array(values, float))

@@ -52,8 +52,6 @@ import evaluate
 from evaluate import write_json
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-if platform.libc_ver()[0] == "glibc":  # keep what a step frees: to get it from the system again, page by page, takes a tenth of it
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 SOURCE = Path(__file__).read_text()  # read at import: a run saves the code that ran, whatever is edited meanwhile
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun: which process
@@ -107,12 +105,14 @@ class Config:
     # -- the temporal loss
     temp_loss: str = flag("selective", "see the section on losses",
                           ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline")
-    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline")
+    temp_alpha: float = flag(0.28, "weight of the temporal loss; 0 is the baseline")
+    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)")
     temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
                            "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
-                           "always post)", ("soft", "pre", "post"))
+                           "always post; with l1 all three are the same)", ("soft", "pre", "post"))
     temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold")
+    temp_crowd: float = flag(0.2, "selective: a pair of tokens counts as 1 / (this + its active latents / their mean), so that a few "
+                             "crowded tokens do not have the most to say; very large: all count alike")
     temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
     temperature: float = flag(0.1, "infonce: of the softmax")
@@ -127,7 +127,7 @@ class Config:
     lr: float = flag(6e-3, "Adam's peak learning rate")
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant", ("cosine", "constant"))
     warmup_steps: int = flag(50, "linear warm-up of the learning rate")
-    temp_warmup: float = flag(0.1, "share of training without the temporal loss; it is ramped up over as much again")
+    temp_warmup: float = flag(0.1, "share of training without the temporal loss, at most .5; it is ramped up over as much again")
     grad_clip: float = flag(1.0, "gradient norm; 0 is off")
     auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); 0 is off")
     dead_tokens: int = flag(100_000, "a latent that has not fired for so many tokens counts as dead")
@@ -178,17 +178,17 @@ def check(cfg):
                  "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    for name in ("lr", "temperature", "temp_fade", "cache_gb", "buffer_gb"):
+    for name in ("lr", "temperature", "temp_fade", "temp_crowd", "cache_gb", "buffer_gb"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
-    if cfg.window > cfg.context_size and not cfg.acts:
-        raise ValueError(f"--window {cfg.window} is larger than --context_size {cfg.context_size}")
+    if cfg.temp_warmup > 0.5:
+        raise ValueError(f"--temp_warmup {cfg.temp_warmup} is above .5: the temporal loss would never reach its weight")
     if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size) // WORLD:
         raise ValueError(f"--control other_docs needs at least --window {cfg.window} chunks: raise --temp_chunks")
     if cfg.sparsity == "l1" and cfg.nonlinearity != "relu":
         raise ValueError("--sparsity l1 is for --nonlinearity relu: gelu's codes are hardly ever zero")
-    if cfg.matryoshka_alpha and cfg.sparsity == "l1":
-        raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk")
+    if cfg.matryoshka_alpha and (cfg.sparsity == "l1" or cfg.temporal_fraction == 1):
+        raise ValueError("--matryoshka_alpha is for --sparsity topk and batchtopk and needs a --temporal_fraction below 1")
     if cfg.window > cfg.chunk_size:
         raise ValueError(f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}; raise --chunk_size")
     if not cfg.acts and cfg.context_size % cfg.chunk_size:
@@ -198,7 +198,7 @@ def check(cfg):
     for name, chunks in (("batch_size", cfg.batch_size // cfg.chunk_size), ("temp_chunks", cfg.temp_chunks)):
         if chunks % WORLD:
             raise ValueError(f"--{name}: its {chunks} chunks cannot be shared evenly by {WORLD} processes")
-    if cfg.k > cfg.d_sae:
+    if cfg.k > cfg.d_sae and cfg.sparsity != "l1":
         raise ValueError(f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}")
     if not 0 < cfg.temporal_fraction <= 1:
         raise ValueError(f"--temporal_fraction must be in (0, 1], got {cfg.temporal_fraction}")
@@ -416,6 +416,19 @@ def partners(order, docs, offset):
     return other, same
 
 
+def uncrowded(active, ok, crowd):
+    """active, ok (...): latents active at either token of each pair of tokens, and 1. where the pair counts, else 0.
+    -> the pair's share, up to a factor: 1 / (crowd + active / their mean).
+
+    With equal shares most of a sum over latents comes from the tokens that have most of them, and what pays is to let dozens of
+    latents tell one persistent fact (notes.txt).
+    >>> uncrowded(torch.tensor([10., 30., 50.]), torch.tensor([1., 1., 0.]), 0.5)    # mean 20: 1 / (.5 + .5), 1 / (.5 + 1.5)
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    latents, pairs = agreed(torch.stack([(active * ok).sum(), ok.sum()]))
+    return ok / (crowd + active * pairs / latents.clamp(min=1))
+
+
 def make_pairs(token, latent, n_tokens, d_sae):
     """token (P,) sorted, latent (P,) -> Pairs. No host sync."""
     sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
@@ -506,7 +519,7 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
     computed in float32 and the k per token, or k*n_valid per batch (of all processes), are cut from those.
     Returns Pairs, their pre-activations (P,) in float32, the threshold (0-dim tensor: the smallest selected one; with topk the
-    mean over tokens of each token's smallest), and the dense product (B,d_sae).
+    mean over valid tokens of each token's smallest), and the dense product (B,d_sae), with batchtopk -inf at invalid tokens.
     """
     n, keep = len(x), sae.k * n_valid
     dense = F.linear(x.to(matmul_dtype), sae.W_enc.t().to(matmul_dtype), bias.to(matmul_dtype))
@@ -527,7 +540,8 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
         latent = flat - token * sae.d_sae
     pre = pair_dots(x, sae.W_enc.t(), token, latent, edges(token, n)) + bias[latent]
     if sae.sparsity == "topk":
-        return make_pairs(token, latent, n, sae.d_sae), pre, agreed(pre.view(n, -1).amin(1).mean()) / WORLD, dense
+        least = agreed((pre.view(n, -1).amin(1) * mask).sum()) / max(n_valid, 1)
+        return make_pairs(token, latent, n, sae.d_sae), pre, least, dense
     everyone = gathered(pre)
     threshold = everyone.min() if len(everyone) else bias.new_zeros(())
     if len(everyone) > keep:  # what the hint let through beyond k a token
@@ -543,12 +557,12 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
 
 
 class Ends(NamedTuple):
-    """What a temporal loss sees: pairs of tokens less than `window` apart, and of each the latents active at one end at
-    least. The others would add nothing.
+    """What a temporal loss sees: pairs of tokens less than `window` apart, each counted once, and of each the latents active at
+    one end at least. (The others would add nothing with --temp_codes post, next to nothing with soft.)
 
-    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half
-    of it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance
-    (n_latents,): of the codes, a constant to the gradient."""
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): its token pair's share of all pairs (1 /
+    their number, or see `uncrowded`), half of it where the entry is listed from both its ends, 0 where the two tokens are not of
+    one document. variance (n_latents,): of the codes, a constant to the gradient."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -573,7 +587,7 @@ class Ends(NamedTuple):
 
 
 def sqdiff_loss(ends):
-    """Mean over the pairs in a sliding window of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
+    """Mean over pairs less than `window` apart of |z_t - z_s|^2. The plainest form; shrinking the codes lowers it.
 
     >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.ones(1), 2)
     >>> sqdiff_loss(one)       # (1 - 3)^2
@@ -595,7 +609,7 @@ def variance_loss(ends):
 
 
 def autocorr_loss(ends):
-    """1 - autocorrelation, sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
+    """1 - autocorrelation (of codes, with --temp_codes post), sum_i w_i (1 - rho_i), w_i the latent's share of the variance.
 
     The variance is a constant to the gradient: otherwise growing it would be the cheapest way down.
     >>> one = Ends(torch.tensor([1.]), torch.tensor([3.]), torch.tensor([0]), torch.ones(1), torch.tensor([5.]), 2)
@@ -612,6 +626,7 @@ def selective_loss(difference, power, mean, running_mean, flicker, weight):
     and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E[z]^2 enters by its
     tangent at the running mean, 2 m E[z] - m^2, because the square of a small sample's mean is biased. `weight` (see
     Trainer.gate) lets go of latents that do not prove slow: smoothing everything alike blends features (notes.txt).
+    The value itself stays around 0: what it does shows in temporal_grad_ratio.
 
     All (n_latents,). With D = 2, E[z_t^2 + z_s^2] = 14, E[z] = m = 1: S = 14 - 2 * (2 - 1) = 12, and (2 - .1 * 12) / 2:
     >>> one = torch.ones(1)
@@ -995,7 +1010,8 @@ def open_text(cfg, skip):
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
         files = [path] if path.is_file() else sorted(path.glob("*.txt"))
         return ((block, None) for block in itertools.islice(text_blocks(files), skip, None))
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
+    logging.set_verbosity(logging.CRITICAL)  # what is broken is said once, by us
     if path.exists():
         files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
         kind = "parquet" if files and files[0].endswith(".parquet") else "json"
@@ -1251,8 +1267,8 @@ def harvest_batches(cfg, tokens, batch_rows, folder, share, stop):
             return
         load_lm(cfg)
         acts, written = np.lib.format.open_memmap(folder / "acts.npy", "r+"), []
-        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True, mininterval=1,
-                  disable=RANK > 0) as bar:
+        with tqdm(total=min(len(todo) * batch_rows, len(tokens)) * tokens.shape[1], desc="harvest", unit="tok", unit_scale=True,
+                  mininterval=1, disable=RANK > 0) as bar:
             for i in todo:
                 block = harvested(cfg, tokens[i * batch_rows : (i + 1) * batch_rows])
                 acts[i * batch_rows : (i + 1) * batch_rows] = block
@@ -1382,7 +1398,14 @@ def load_harvest(cfg, stop):
         acts = cached_residuals(cfg, rows.tokens, stop=stop, together=True) if cached else Stream(cfg, config, rows, stop)
     N, T, d_in = acts.shape
     sample = np.linspace(0, N - 1, min(512, N)).astype(int)
-    sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
+    sample_mask = (doc_id[sample] + 1) * valid[sample]
+    if isinstance(acts, Stream):
+        sample_acts = acts[sample]
+    else:
+        sample_acts = np.empty((len(sample), T, d_in), acts.dtype)
+        for place, row in enumerate(sample):
+            sample_acts[place] = acts[row]
+            release(acts)  # for a row the system maps megabytes of the file
     if not sample_mask.any():
         raise ValueError("no valid token is left to train on")
     x = as_float(sample_acts)
@@ -1468,7 +1491,8 @@ class Trainer:
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
         self.moments = torch.zeros(5, self.n_bound, device=device)  # running variance, lag-1 covariance, D, P and E[z],
         self.n_moments = 0  # after so many updates from zero
-        self.threshold = torch.zeros((), device=device)  # what a batch's selection came down to; with l1 it is 0
+        # what `forward` leaves for `temporal`: where the batch's selection stopped (with l1: 0), and the dense product
+        self.threshold, self.dense = torch.zeros((), device=device), None
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(sae.d_sae, device=device)  # tokens since a latent last fired
@@ -1521,8 +1545,8 @@ class Trainer:
     def ends(self, x, bias, acts, pairs, mask, step):
         """-> (Ends of the sample's tokens, lag-1 covariance of the codes (n_bound,)).
 
-        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part,
-        with a gradient of its own, also where it lost the selection. All of it is sparse."""
+        Each active latent of a token is looked up at the tokens beside it, also where it lost the selection there (if not
+        temp_codes post): so a neighbour takes part with a gradient of its own. All of it is sparse."""
         cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
         if pairs is None:
             token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
@@ -1538,43 +1562,52 @@ class Trainer:
 
         order, docs = self.reorder(mask, step)
         beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
-        other, ok = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
+        other, share = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
         key = other[:, token] * d_sae + latent
-        both = where[key] > 0
-        count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
-        weight = ok[:, token] * bound * (1 - both.float() / 2) / count
-        there = self.look_up(x, bias, other, token, latent, both if cfg.temp_codes == "post" else self.near(key))
-        there = there * both if cfg.temp_codes == "post" else there
+        selected = where[key]
+        both = selected > 0
+        if cfg.temp_loss == "selective":
+            active, common = (torch.zeros_like(share).index_add(1, token, w * bound) for w in (torch.ones_like(both), both))
+            share = uncrowded(active + active.gather(1, other) - common, share, cfg.temp_crowd)
+        count = agreed(share.sum()).clamp(min=1e-8) / 2  # every pair of tokens is seen from both its ends
+        weight = share[:, token] * bound * (1 - both.float() / 2) / count
+        there = here.index_select(0, (selected - 1).clamp(min=0).flatten()).view_as(both) * both  # is known already
+        if cfg.temp_codes != "post":
+            there = there + self.look_up(x, bias, other, token, latent, self.near(key) & ~both & (bound > 0))
         a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
 
         # moments of the codes themselves, in the true order also in the controls
-        after, ok = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
+        after, together = partners(torch.arange(n, device=x.device).view_as(mask), mask, 1)
         at, codes = where[after[token] * d_sae + latent], here.detach() * bound
-        sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * ok[token]])
+        sums = torch.stack([codes, codes.square(), codes * codes[at - 1] * (at > 0) * together[token]])
         sums = torch.zeros(3, self.n_bound, device=x.device).index_add(1, bound_latent, sums)
-        n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), ok.sum()])).clamp(min=1)
+        n_valid, n_pairs = agreed(torch.stack([(mask > 0).sum(), together.sum()])).clamp(min=1)
         mean, square, product = agreed(sums) / torch.stack([n_valid, n_valid, n_pairs])[:, None]
-        ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(), cfg.window)
+        ends = Ends(a.repeat(len(other)), b.flatten(), bound_latent.repeat(len(other)), weight.flatten(), square - mean.square(),
+                    cfg.window)
         return ends, product - mean.square()
 
     def near(self, key):
-        """key (O,m), places in the batch's dense product -> bool: whether a value other than 0 can be read there.
+        """key (O,m), places in the batch's dense product -> bool: whether a value other than 0 may be read there.
 
-        With soft one in six is. The product may be bfloat16, hence the margin."""
-        lowest = 1 - self.cfg.temp_fade if self.cfg.temp_codes == "soft" else 0.0 if self.sae.nonlinearity == "relu" else -math.inf
-        return self.dense.view(-1)[key] > (lowest - 0.05) * self.threshold
+        With soft it may at one in three to six. The product may be bfloat16, hence the margin of a twentieth."""
+        value, threshold = self.dense.view(-1)[key], self.threshold
+        if self.cfg.temp_codes == "soft":
+            return value > (0.95 - self.cfg.temp_fade) * threshold
+        return value > -0.05 * threshold.abs() if self.sae.nonlinearity == "relu" else torch.ones_like(key, dtype=torch.bool)
 
-    def look_up(self, x, bias, other, token, latent, some):
-        """Activations before selection, (O,m) float32, of latent[j] at token other[o,token[j]], where `some` (O,m) says so;
-        elsewhere 0. With their gradient."""
-        some = slice(None) if x.is_cuda else some.flatten().nonzero()[:, 0]  # (nonzero would wait for a GPU)
-        place = (token + len(other[0]) * torch.arange(len(other), device=x.device)[:, None]).flatten()[some]
+    def look_up(self, x, bias, other, token, latent, read):
+        """Activations before selection, (O,m) float32, of latent[j] at token other[o,token[j]] where `read` (O,m) says so,
+        elsewhere 0; with their gradient."""
+        # On a GPU all are computed: nonzero would wait for it.
+        some = torch.arange(read.numel(), device=x.device) if x.is_cuda else read.flatten().nonzero()[:, 0]
+        place = (token + other.shape[1] * torch.arange(len(other), device=x.device)[:, None]).flatten()[some]
         x, latent = x[other.flatten()], latent.repeat(len(other))[some]
         pairs = make_pairs(place, latent, len(x), self.sae.d_sae)
         with torch.no_grad():
             pre = pair_dots(x, self.sae.W_enc.t(), place, latent, pairs.token_ptr) + bias[latent]
         found = self.sae.activate(SparseEncode.apply(x, self.sae.W_enc, bias, pre, pairs))
-        return (found if x.is_cuda else found.new_zeros(other[:, token].numel()).index_copy(0, some, found)).view(len(other), -1)
+        return found.new_zeros(read.numel()).index_copy(0, some, found).view_as(read) * read
 
     def dense_codes(self, x, bias, acts, pairs, mask, step):
         """Codes (N,T,n_bound) of the sample and its mask (N,T), for losses that compare whole tokens. Of many processes each
@@ -1638,7 +1671,8 @@ class Trainer:
 
         x (B,d_in) float32 scaled activations, mask (B/C,C) int32, n_valid valid tokens among them and, of many processes,
         among the others' too: each term is this process's part of a sum over all, and so is its gradient.
-        Raises FloatingPointError before the update when a loss or gradient is not finite."""
+        Raises FloatingPointError before the update when a loss or gradient is not finite; on a GPU such a step is left out, and
+        only a logged one raises."""
         cfg, sae, ok = self.cfg, self.sae, (mask.flatten() > 0).float()
         if cfg.layernorm:
             x = sae.normalise(x)[0]
@@ -1666,6 +1700,7 @@ class Trainer:
             terms["auxk"] = self.auxk(x, bias, residual, ok)
             loss = loss + cfg.auxk_alpha * terms["auxk"]
         terms["loss"] = loss
+        self.dense = None  # (B,d_sae): not kept through backward and the next selection
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
@@ -1707,8 +1742,20 @@ class Trainer:
     def load(self, state):
         """Undo `state`."""
         self.sae.load_state_dict(state["sae"]), self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("silent_tokens", "dead", "moments", "n_moments"):
-            setattr(self, name, state[name])
+        self.n_moments = state["n_moments"]
+        for name in ("silent_tokens", "dead", "moments"):
+            setattr(self, name, state[name].to(self.silent_tokens.device))
+
+
+def keep_freed_memory(on):
+    """While on, glibc keeps what a step frees: to get it from the system again, page by page, takes a tenth of the step.
+
+    For training only, whose blocks are of the same sizes at each step. Elsewhere they leave holes that nothing fits, and
+    memory would grow with the harvest."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0 if on else 65536), libc.mallopt(-1, 2**31 - 1 if on else 128 << 10)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        on or libc.malloc_trim(0)
 
 
 @torch.no_grad()
@@ -1736,6 +1783,7 @@ def train(cfg, seed, harvest, stop):
     trainer = Trainer(cfg, sae, harvest.variance, harvest.rho, device)
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32, for training only
     first = restore(run_dir, trainer, seed)
+    keep_freed_memory(True)
 
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step", mininterval=1,
                disable=RANK > 0)
@@ -1750,13 +1798,13 @@ def train(cfg, seed, harvest, stop):
                     checkpoint(run_dir, trainer, seed, step)
                 raise
             terms = trainer.step(x, mask, n_valid, step, log or save)  # on a GPU only these steps are checked for NaN
+            release(harvest.acts)  # else 20 steps' pages weigh as much as the rest
             tokens += n_valid
             if log:
                 line = {name: float(value) for name, value in terms.items()}
                 rate = tokens / (time.perf_counter() - began)
                 line = {"seed": seed, "step": step, "lr": trainer.lr(step), **line, "tokens_per_s": round(rate)}
                 log_file.write(json.dumps(line) + "\n"), log_file.flush()
-                release(harvest.acts)
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}", tok_s=f"{rate:,.0f}", refresh=False)
             number = highest(stop.signal)  # all stop after the same step
             if (number or save) and RANK == 0:
@@ -1764,6 +1812,7 @@ def train(cfg, seed, harvest, stop):
             if number:
                 raise Interrupted(number)
     torch.set_float32_matmul_precision("highest")
+    keep_freed_memory(False)
     if cfg.sparsity == "batchtopk":
         fit_threshold(sae, harvest, cfg)
     sae.fold_scale(harvest.scale)
@@ -1789,7 +1838,7 @@ def restore(run_dir, trainer, seed):
     """Load the checkpoint if it is of this seed, cut log.jsonl back to it, return the next step."""
     path, log, first = run_dir / "checkpoint" / "state.pt", run_dir / "log.jsonl", 0
     try:  # the first process reads: of several machines only its own need hold the run directory
-        state = shared(torch.load(path, weights_only=True) if RANK == 0 and path.exists() else None)
+        state = shared(torch.load(path, map_location="cpu", weights_only=True) if RANK == 0 and path.exists() else None)
         if state and state["seed"] == seed:
             trainer.load(state)
             first = state["step"]
