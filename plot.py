@@ -231,11 +231,15 @@ def frontier(runs):
     (axes,) = canvas(1, len(panels), 5.8, title, [run.n for run in runs], width_ratios=[1.5, 1][-len(panels):])
     keys, hollow = {}, []  # colour and marker -> what the legend shows: the curves, and the runs that have none
     for ax, panel in zip(axes, panels):
-        curves = {}  # label, colour, marker, line -> runs
+        curves, short = {}, panel is grid  # label, colour, marker, line -> runs
+        worth = max(run.scores["explained_variance"].mean() for run in panel) - 0.1
         for run in panel:
+            if run.scores["explained_variance"].mean() < worth:  # nobody wants it, and it would squeeze all others
+                print(f"frontier.png: {run.name} explains {run.scores['explained_variance'].mean():.2f}: too far down to be drawn")
+                continue
             loss = run.config["temp_loss"] if run.config["temp_alpha"] else ""
             alone = run.label, run.colour, run.marker, "none"
-            curves.setdefault(LOSSES.get(loss, alone) if run in grid else alone, []).append(run)
+            curves.setdefault(LOSSES.get(loss, alone) if short else alone, []).append(run)
         numbers = []  # coefficient and its place
         for (label, colour, marker, line), points in curves.items():
             points.sort(key=lambda run: run.config["temp_alpha"])
@@ -259,7 +263,7 @@ def frontier(runs):
                             path_effects=[withStroke(linewidth=1.5, foreground="white")])
             taken.append((x, y))
         budget = f"{panel[0].config['train_tokens'] / 1e6:g} M tokens"
-        ax.set(title=f"{budget}; small numbers: coefficient" if panel is grid else budget, ylabel="explained variance",
+        ax.set(title=f"{budget}; small numbers: coefficient" if short else budget, ylabel="explained variance",
                xlabel="autocorrelation at lag 1 within a document")
     plt.figlegend(handles=[*keys.values(), *hollow], loc="outside lower center", ncols=3)
 
