@@ -159,11 +159,12 @@ def run_all(names, jobs):
                mininterval=2, miniters=0)
     try:
         while waiting or running:
-            if waiting and Path(experiment.__file__).read_text() != experiment.SOURCE:  # one study, one source
-                failed |= dict.fromkeys(waiting, "not started: experiment.py was edited since the study began")
-                waiting.clear()
             # the first run harvests for all: the next one starts when that one trains
             while waiting and len(running) < (jobs if bar.n > bar.initial else 1):
+                if Path(experiment.__file__).read_text() != experiment.SOURCE:  # one study, one source
+                    failed |= dict.fromkeys(waiting, "not started: experiment.py was edited since the study began")
+                    waiting.clear()
+                    break
                 name = waiting.pop(0)
                 running[name] = time.time(), start(name, jobs)
             for name, (_, process) in list(running.items()):
