@@ -106,14 +106,12 @@ class Config:
     # -- the temporal loss
     temp_loss: str = flag("selective", "see the section on losses",
                           ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.28, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.3, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)", least=1)
     temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
                            "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
                            "always post; with l1 all three are the same)", ("soft", "pre", "post"))
     temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold", above=0)
-    temp_crowd: float = flag(0.2, "selective: a pair of tokens counts as 1 / (this + its bound active latents / their mean), so that a few "
-                             "crowded tokens do not have the most to say; very large: all count alike", above=0)
     temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap", least=1)
     gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone", least=0)
     temperature: float = flag(0.1, "infonce: of the softmax", above=0)
@@ -407,19 +405,6 @@ def partners(order, docs, offset):
     return other, same
 
 
-def uncrowded(active, ok, crowd):
-    """active, ok (...): latents active at either token of each pair of tokens, and 1. where the pair counts, else 0.
-    -> the pair's share, up to a factor: 1 / (crowd + active / their mean).
-
-    With equal shares most of a sum over latents comes from the tokens that have most of them, and what pays is to let dozens of
-    latents tell one persistent fact (notes.txt).
-    >>> uncrowded(torch.tensor([10., 30., 50.]), torch.tensor([1., 1., 0.]), 0.5)    # mean 20: 1 / (.5 + .5), 1 / (.5 + 1.5)
-    tensor([1.0000, 0.5000, 0.0000])
-    """
-    latents, pairs = agreed(torch.stack([(active * ok).sum(), ok.sum()]))
-    return ok / (crowd + active * pairs / latents.clamp(min=1))
-
-
 def make_pairs(token, latent, n_tokens, d_sae):
     """token (P,) sorted, latent (P,) -> Pairs. No host sync."""
     sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
@@ -533,6 +518,9 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     if sae.sparsity == "topk":
         least = agreed((pre.view(n, -1).amin(1) * mask).sum()) / max(n_valid, 1)
         return make_pairs(token, latent, n, sae.d_sae), pre, least, dense
+    if x.is_cuda and WORLD > 1 and keep:  # all send as many; what others beat becomes 0, as its removal would be waited for
+        threshold = interleaved(pre).topk(keep, sorted=False).values.min()
+        return make_pairs(token, latent, n, sae.d_sae), pre * (pre >= threshold), threshold, dense
     everyone = gathered(pre)
     threshold = everyone.min() if len(everyone) else bias.new_zeros(())
     if len(everyone) > keep:  # what the hint let through beyond k a token
@@ -551,9 +539,9 @@ class Ends(NamedTuple):
     """What a temporal loss sees: pairs of tokens less than `window` apart, each counted once, and of each the latents active at
     one end at least. (The others would add nothing with --temp_codes post, next to nothing with soft.)
 
-    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): its token pair's share of all pairs (1 /
-    their number, or see `uncrowded`), half of it where the entry is listed from both its ends, 0 where the two tokens are not of
-    one document. variance (n_latents,): of the codes, a constant to the gradient."""
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): its token pair's share of all pairs
+    (see Trainer.ends), half of it where the entry is listed from both its ends, 0 where the two tokens are not of one document.
+    variance (n_latents,): of the codes, a constant to the gradient."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -610,22 +598,21 @@ def autocorr_loss(ends):
     return ends.moments()[0].sum() / (2 * ends.variance.sum().clamp(min=1e-8))
 
 
-def selective_loss(difference, power, mean, running_mean, flicker, weight):
+def selective_loss(difference, spread, flicker, weight):
     """sum_i weight_i * (D_i - flicker_i * S_i) / 2, with D = E[(z_t - z_s)^2], S = E[z_t^2 + z_s^2] - 2 E[z]^2.
 
     flicker_i is a running D_i / S_i = 1 - rho_i, so the gradient is that of 1 - rho_i itself, which no rescaling changes
-    and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E is over pairs of tokens,
-    with the shares of `uncrowded`; E[z]^2 enters by its tangent at the running mean, 2 m E[z] - m^2, because the square of a
-    small sample's mean is biased. `weight` (see Trainer.gate) lets go of latents that do not prove slow: smoothing everything
-    alike blends features (notes.txt).
+    and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E is over pairs of
+    tokens, each with a share of 1 / its active latents, and E[z] over the same sample: against a running mean a latent that
+    drifts upwards would seem to spread, and a few drift without end (notes.txt). `weight` (see Trainer.gate) lets go of
+    latents that do not prove slow: smoothing everything alike blends features.
     The value itself stays around 0: what it does shows in temporal_grad_ratio.
 
-    All (n_latents,). With D = 2, E[z_t^2 + z_s^2] = 14, E[z] = m = 1: S = 14 - 2 * (2 - 1) = 12, and (2 - .1 * 12) / 2:
+    All (n_latents,). With D = 2, S = 12 and a running 1 - rho of .1: (2 - .1 * 12) / 2
     >>> one = torch.ones(1)
-    >>> selective_loss(2 * one, 14 * one, one, one, 0.1 * one, one)
+    >>> selective_loss(2 * one, 12 * one, 0.1 * one, one)
     tensor(0.4000)
     """
-    spread = power - 2 * running_mean * (2 * mean - running_mean)
     return (weight * (difference - flicker * spread)).sum() / 2
 
 
@@ -1484,8 +1471,8 @@ class Trainer:
         """variance, rho: of the scaled activations (see Harvest)."""
         self.cfg, self.sae, self.variance, self.rho = cfg, sae.to(device), variance, rho
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
-        self.moments = torch.zeros(5, self.n_bound, device=device)  # running variance, lag-1 covariance, D, P and E[z],
-        self.n_moments = 0  # after so many updates from zero
+        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and S (see
+        self.n_moments = 0  # selective_loss), after so many updates from zero
         # what `forward` leaves for `temporal`: where the batch's selection stopped (with l1: 0), and the dense product
         self.threshold, self.dense = torch.zeros((), device=device), None
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
@@ -1533,8 +1520,9 @@ class Trainer:
             return infonce_loss(codes, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
         ends, covariance = self.ends(x, bias, acts, pairs, mask, step)
         if cfg.temp_loss == "selective":
-            moments = *ends.moments(), ends.mean(ends.a + ends.b) / 2
-            return selective_loss(*moments, *self.gate(ends.variance, covariance, *moments))
+            difference, power = ends.moments()
+            spread = power - ends.mean(ends.a + ends.b).square() / 2
+            return selective_loss(difference, spread, *self.gate(ends.variance, covariance, difference, spread))
         return WINDOW_LOSSES[cfg.temp_loss](ends)
 
     def ends(self, x, bias, acts, pairs, mask, step):
@@ -1543,16 +1531,17 @@ class Trainer:
         Each active latent of a token is looked up at the tokens beside it, also where it lost the selection there (if not
         temp_codes post): so a neighbour takes part with a gradient of its own. All of it is sparse."""
         cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
-        if pairs is None:
-            token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
-            here = acts[token, latent].float()
+        if pairs is None:  # on a GPU all are taken, the inactive ones too: nonzero would wait for it
+            every = torch.arange(n * d_sae, device=x.device) if x.is_cuda else (acts[:n] > 0).flatten().nonzero()[:, 0]
+            token, latent, here = every // d_sae, every % d_sae, acts[:n].flatten()[every].float()
         else:  # on a GPU a length that is known without waiting: the sample does not have twice its share
             m = min(len(acts), 2 * sae.k * n) if x.is_cuda else int(pairs.token_ptr[n])
             token, latent, here = pairs.token[:m], pairs.latent[:m], acts[:m]
-        bound = ((token < n) & (latent < self.n_bound)).float()
-        # 1 + where a (token, latent) stands among the selected, 0 if it does not; what is beyond the sample goes into row n
+        active = here > 0
+        bound = ((token < n) & (latent < self.n_bound) & active).float()
+        # 1 + where a (token, latent) stands among the active, 0 if it does not; what is beyond the sample goes into row n
         where = torch.zeros((n + 1) * d_sae, dtype=torch.int32, device=x.device)
-        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, dtype=torch.int32, device=x.device)
+        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, dtype=torch.int32, device=x.device) * active
         token, bound_latent = token.clamp(max=n - 1), latent.clamp(max=self.n_bound - 1)
 
         order, docs = self.reorder(mask, step)
@@ -1562,12 +1551,14 @@ class Trainer:
         selected = where[key]
         both = selected > 0
         if cfg.temp_loss == "selective":
-            active, common = (torch.zeros_like(share).index_add(1, token, w * bound) for w in (torch.ones_like(both), both))
-            share = uncrowded(active + active.gather(1, other) - common, share, cfg.temp_crowd)
+            n_active, common = (torch.zeros_like(share).index_add(1, token, w * bound) for w in (torch.ones_like(both), both))
+            # A pair of tokens counts as 1 / its active latents: with equal shares most of a sum over latents comes from the pairs
+            # that have most of them, and what pays is to let dozens of latents tell one persistent fact (notes.txt).
+            share = share / (n_active + n_active.gather(1, other) - common).clamp(min=1)
         count = agreed(share.sum()).clamp(min=1e-8) / 2  # every pair of tokens is seen from both its ends
         weight = share[:, token] * bound * (1 - both.float() / 2) / count
         there = here.index_select(0, (selected - 1).clamp(min=0).flatten()).view_as(both) * both  # is known already
-        if cfg.temp_codes != "post":
+        if cfg.temp_codes != "post" and pairs is not None:  # without a selection nothing was lost in it
             there = there + self.look_up(x, bias, other, token, latent, self.near(key) & ~both & (bound > 0))
         a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
 
@@ -1636,19 +1627,19 @@ class Trainer:
 
     @torch.no_grad()
     def gate(self, *moments):
-        """Variance and lag-1 covariance of each bound latent's codes, and D, P and E[z] of what the loss reads (see
-        selective_loss) -> running (E[z], flicker, weight), all (n_bound,), constants to the gradient.
+        """Variance and lag-1 covariance of each bound latent's codes, and D and S of what the loss reads (see selective_loss)
+        -> running (flicker, weight), both (n_bound,), constants to the gradient.
 
         weight_i = min(1, rho_i / rho_x)^p / sqrt((Var_i + mean Var) * mean Var) / n: rho_i the latent's own autocorrelation,
         rho_x the raw activations' (both over all tokens alike). A latent that is as slow as its input is bound in full, one
         that is not is let go."""
         self.moments.lerp_(torch.stack(moments).nan_to_num(0, 0, 0), 0.02)  # a step that is left out must not stay in them
         self.n_moments += 1
-        variance, covariance, difference, power, mean = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
+        variance, covariance, difference, spread = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
         gate = (rho / max(self.rho, 1e-3)).clamp(max=1) ** self.cfg.gate_power
         weight = gate / ((variance + variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
-        return mean, difference / (power - 2 * mean.square()).clamp(min=1e-9), weight
+        return difference / spread.clamp(min=1e-9), weight
 
     def auxk(self, x, bias, residual, ok):
         """AuxK (Gao et al. 2024): the dead latents with the largest pre-activations explain what is left over.

@@ -901,8 +901,8 @@ def test_the_examples_in_the_docstrings_hold():
     assert result.attempted >= 3 and result.failed == 0
 
 
-def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean=None, flicker=None, weight=None,
-                     codes=None, crowd=.2):
+def temporal_by_hand(name, z, active, mask, window, temperature=.1, flicker=None, weight=None,
+                     codes=None):
     """The temporal losses as loops over pairs of tokens. z, active (N,T,F), mask (N,T): the document of a token, 0 = none."""
     codes = z * active if codes is None else codes
     N, T = mask.shape
@@ -918,8 +918,7 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean
     either = [active[n, s] | active[n, t] for n, s, t in pairs]
     share = torch.ones(len(pairs))
     if name == "selective":  # a crowded pair counts for less
-        crowded = torch.stack([e.sum() for e in either]).float()
-        share = 1 / (crowd + crowded / crowded.mean())
+        share = 1 / torch.stack([e.sum() for e in either]).float().clamp(min=1)
     share = share / share.sum()
     difference = sum(w * (z[n, s] - z[n, t]) ** 2 * e for w, e, (n, s, t) in zip(share, either, pairs))
     power = sum(w * (z[n, s] ** 2 + z[n, t] ** 2) * e for w, e, (n, s, t) in zip(share, either, pairs))
@@ -929,7 +928,7 @@ def temporal_by_hand(name, z, active, mask, window, temperature=.1, running_mean
         return difference.sum() / (2 * torch.stack([codes[n, t] for n, t in valid]).var(0, correction=0).sum().detach())
     if name == "selective":
         mean = sum(w * (z[n, s] + z[n, t]) / 2 * e for w, e, (n, s, t) in zip(share, either, pairs))
-        return (weight * (difference - flicker * (power - 2 * running_mean * (2 * mean - running_mean)))).sum() / 2
+        return (weight * (difference - flicker * (power - 2 * mean**2))).sum() / 2
     return difference.sum()
 
 
@@ -941,8 +940,8 @@ def test_neither_scale_nor_offset_lowers_the_selective_loss():
     ring = torch.arange(50).roll(-1)[:49]  # the mean over both ends of the pairs is what E[z] is
     ends = experiment.Ends(z[:49], z[ring], latent, weight, torch.ones(1), 2)
     (difference, power), mean = ends.moments(), ends.mean(ends.a + ends.b) / 2
-    flicker = (difference / (power - 2 * mean.square())).detach()
-    loss = experiment.selective_loss(difference, power, mean, mean.detach(), flicker, torch.ones(1))
+    spread = power - 2 * mean.square()
+    loss = experiment.selective_loss(difference, spread, (difference / spread).detach(), torch.ones(1))
     (grad,) = torch.autograd.grad(loss, z)
     assert abs(grad @ z) < 1e-6 and abs(grad.sum()) < 1e-6 < grad.norm()
     smoother = z.detach() - grad
