@@ -32,9 +32,10 @@ labels = {  # run directory -> label, in the order drawn
     "matryoshka": "Matryoshka",
     "control_other_docs": "control: positives from other documents",
     "control_permuted": "control: tokens permuted in their document",
+    "strong": "temporal, weight 0.5",
 }
 BASELINE, OURS, RIVAL = "run_0", "run_6", "tsae_paper"  # whom consistency.png and the pictures after it compare
-STUDY = re.compile(r"tsae|matryoshka|control_|grid_|k\d+_")  # not in the first two pictures
+STUDY = re.compile(r"tsae|matryoshka|control_|strong$|grid_|k\d+_")  # not in the first two pictures
 
 
 # -- Style: one colour and marker for each run, the same in every picture ------------------------------------

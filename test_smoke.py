@@ -31,6 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import experiment
@@ -528,6 +529,31 @@ def test_a_latent_and_its_copy_are_found_redundant(base, work):
     top = consistency["redundancy"]["top_pairs"][0]
     assert sorted(top["latents"]) == sorted([busy, idle]) and top["corr"] == pytest.approx(1) and top["decoder_cosine"] == pytest.approx(1)
     assert 2 / consistency["redundancy"]["latents"] <= consistency["redundancy"]["share_above_0.9"] < .5, "a latent is not its own partner"
+
+
+def test_latents_that_fire_together_are_counted_and_scores_given_without_them(base, work):
+    density = np.array([row["feature_density"] for row in read(base / "core.json")["eval_result_details"]])
+    busy, *idle = np.argsort(-density)[2], *np.argsort(density)[:evaluate.PARTNERS + 1]
+
+    def scored(copies):
+        sae = experiment.load_sae(base / "seed_0")
+        for p in (sae.W_enc.T, sae.b_enc, sae.W_dec):
+            p[idle[:copies]] = p[busy].clone()
+        return judge(base, work, sae, "together")[1]
+
+    block = sorted(map(int, [busy, *idle]))
+    assert not set(block) & set(scored(evaluate.PARTNERS)["redundancy"]["together"]), "so many partners, not more"
+    consistency = scored(evaluate.PARTNERS + 1)
+    redundancy, table = consistency["redundancy"], consistency["latents"]
+    assert set(block) <= set(redundancy["together"])
+    apart = [i not in redundancy["together"] for i in table["index"]]
+    rho, rate = (np.array(table[name], float) for name in ("autocorr_1", "rate"))
+    ok = apart & np.isfinite(rho)
+    assert redundancy["together_mass_share"] == pytest.approx(1 - rate[apart].sum() / rate.sum(), abs=.02)  # the rest: rare latents
+    assert redundancy["apart"]["autocorr"]["mean"] == pytest.approx(rho[ok].mean(), abs=1e-3)
+    assert redundancy["apart"]["autocorr"]["mass"] == pytest.approx((rho * rate)[ok].sum() / rate[ok].sum(), abs=1e-3)
+    final = next(iter(read(work / "together" / "final_info.json").values()))["means"]
+    assert final["autocorr_1_apart"] == redundancy["apart"]["autocorr"]["mean"] != final["autocorr_1"]
 
 
 def test_matching_across_seeds_undoes_a_permutation():
@@ -1077,6 +1103,53 @@ def test_the_sparse_step_has_the_gradients_of_the_dense_one(tiny, sparsity, d_sa
     for name, q in sae.named_parameters():
         error = ((q.grad - p[name].grad).norm() / p[name].grad.norm()).item()
         assert error <= 1e-5, f"the gradient of {name} is off by {error:.1e}"
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that claims to be on a GPU, so that the branches that keep the host from waiting are taken; it is not."""
+
+    is_cuda = True
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations for whose result, or its length, the host would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        by_mask = op in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default) and any(i.dtype == torch.bool for i in args[1] if i is not None)
+        if by_mask or op.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense, torch.ops.aten.masked_select, torch.ops.aten.equal):
+            self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sparsity, temp_loss, temp_codes", [("batchtopk", "selective", "soft"), ("batchtopk", "sqdiff", "post"),
+                                                             ("topk", "selective", "pre"), ("l1", "selective", "soft"), ("l1", "variance", "pre")])
+def test_the_branches_for_a_gpu_give_the_same_gradients_and_never_wait(tiny, sparsity, temp_loss, temp_codes, monkeypatch):
+    dots = experiment.pair_dots  # its sparse tensor cannot be of a subclass
+    monkeypatch.setattr(experiment, "pair_dots", lambda *tensors: dots(*(t.as_subclass(torch.Tensor) for t in tensors)))
+    cfg = config(tiny, sparsity=sparsity, d_sae=300, k=8, temp_loss=temp_loss, temp_alpha=.5, temp_codes=temp_codes, temp_warmup=0,
+                 grad_clip=0, batch_size=256, temporal_fraction=.5, window=3, temp_chunks=16, matmul_dtype="float32")
+    g = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(256, 64, generator=g), torch.arange(1, 33, dtype=torch.int32)[:, None].repeat(1, 8)
+    x[1:] += 1.5 * x[:-1]
+    mask[0, 3], mask[1, 5:], mask[4] = 0, 40, 0
+    grads, n_valid = [], int((mask > 0).sum())
+    for kind in (torch.Tensor, OnGPU):
+        sae = experiment.SAE(64, 300, cfg.k, sparsity)
+        sae.initialise("xavier", torch.zeros(64), torch.Generator().manual_seed(1))
+        trainer = experiment.Trainer(cfg, sae, 50.0, .3)
+        trainer.dead = torch.arange(5, 300, 31)
+        terms = trainer.step(x.as_subclass(kind), mask, n_valid, 20)
+        grads.append([terms["temporal"], *(p.grad for p in sae.parameters())])
+        with Waits() as waits:
+            trainer.step(x.as_subclass(kind), mask, n_valid, 21)
+        assert bool(waits.names) == (kind is torch.Tensor), waits.names
+    assert grads[0][0] != 0
+    for here, there in zip(*grads):
+        assert (here - there).norm() <= 1e-5 * here.norm()
 
 
 def test_batchtopk_takes_exactly_the_largest():
@@ -2293,9 +2366,8 @@ def test_every_number_with_an_error_stands_in_a_record():
     as_committed()
     import plot
     runs = {p.parent.name: next(iter(read(p).values()))["final_info_dict"] for p in (HERE / "runs").glob("*/final_info.json")}
-    for name in ("checks", "truth"):
-        runs |= {arm: scores for arm, scores in read(HERE / "runs" / f"{name}.json").items() if isinstance(scores, dict)}
-    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|without|tsae|matryoshka", run)]
+    runs |= {arm: scores for arm, scores in read(HERE / "runs" / "truth.json").items() if isinstance(scores, dict)}
+    references = [run for run in runs if re.match(r"run_\d|grid_base|k\d+_base|control$|tsae|matryoshka", run)]
     drawn = plot.find_runs(HERE / "runs")
     known = [gain for name in ("run_6", "tsae_paper") for gain in plot.gains(drawn["run_0"], drawn[name])]
     for run, scores in runs.items():
