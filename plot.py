@@ -32,7 +32,6 @@ labels = {  # run directory -> label, in the order drawn
     "matryoshka": "Matryoshka",
     "control_other_docs": "control: positives from other documents",
     "control_permuted": "control: tokens permuted in their document",
-    "strong": "temporal, weight 0.5",
 }
 BASELINE, OURS, RIVAL = "run_0", "run_6", "tsae_paper"  # whom consistency.png and the pictures after it compare
 STUDY = re.compile(r"tsae|matryoshka|control_|strong$|grid_|k\d+_")  # not in the first two pictures
@@ -240,7 +239,8 @@ def frontier(runs):
                 continue
             loss = run.config["temp_loss"] if run.config["temp_alpha"] else ""
             alone = run.label, run.colour, run.marker, "none"
-            curves.setdefault(LOSSES.get(loss, alone) if short else alone, []).append(run)
+            ours = loss == "selective" and run.config["control"] == "none"  # at two weights
+            curves.setdefault(LOSSES.get(loss, alone) if short or ours else alone, []).append(run)
         numbers = []  # coefficient and its place
         for (label, colour, marker, line), points in curves.items():
             points.sort(key=lambda run: run.config["temp_alpha"])
@@ -384,7 +384,7 @@ def choose(runs):
     grid = [run for run in grid if base and run.config["train_tokens"] == base[0].config["train_tokens"]]  # equal budget
     windows = {loss: {run.config["window"] for run in grid if run.config["temp_loss"] == loss} for loss in LOSSES}
     swept = [run for run in grid if run not in base and len(windows.get(run.config["temp_loss"], ())) > 1]
-    costs = [run for run in scored if run in pair or re.match("tsae|matryoshka|control_", run.name)]
+    costs = [run for run in scored if run in pair or re.match("tsae|matryoshka|control_|strong$", run.name)]
     costs += [run for run in grid if run.config["window"] == 2]
     has = lambda run, key, part: (run.consistency[0].get(key) or {}).get(part) is not None
     return {metrics_comparison: [run for run in ladder if "explained_variance" in run.scores],

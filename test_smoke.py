@@ -2360,6 +2360,45 @@ def test_the_numbers_of_readme_and_notes_are_those_of_the_records():
             assert agrees(number, values.std(ddof=1) / len(values) ** 0.5), (loss, window, alpha, number)
 
 
+def test_the_other_numbers_of_the_notes_are_those_of_the_records():
+    """The tables of what was tried, the columns of the grid that have no error, and what is said of single pictures."""
+    as_committed()
+    notes, forms = (HERE / "notes.txt").read_text(), read(HERE / "runs" / "forms.json")
+    control = forms["control"]
+    change = lambda one, key: one[key] / control[key]
+    tables = [(name, one) for part in (forms, forms["shares"], forms["sample_mean"]) for name, one in part.items() if "ev" in one]
+    for name, one in tables:
+        if name == "control":
+            continue
+        crowds = "blockshare" in one
+        values = [one["ev"] - control["ev"], *(change(one, key) for key in ("ac1", "wi", "mass", *["jac"] * crowds)),
+                  100 * (change(one, "S") - 1), one["alive"], *[100 * one[key] for key in ["blockshare"] * crowds]]
+        (line,) = re.findall(f"^{re.escape(name)} +([+-].*)$", notes, re.M)
+        numbers = re.findall(r"[+-]?\d*\.\d+", line)
+        assert len(numbers) == len(values) and all(map(agrees, numbers, values)), (name, numbers, values)
+    assert len(tables) > 50
+    scores = lambda run: next(iter(read(HERE / "runs" / run / "final_info.json").values()))["final_info_dict"]
+    rows = re.findall(r"^(\w+) w(\d+) (\S+) .* ([+-][\d.]+) % +([\d.]+) +([\d.]+)$", notes, re.M)
+    assert len(rows) > 35
+    for loss, window, alpha, *numbers in rows:
+        one, S = scores(f"grid_{loss}_w{window}_a{alpha}"), np.array(scores("grid_base")["smoothness_S"])
+        values = 100 * (one["smoothness_S"] / S - 1).mean(), np.mean(one["l0"]), np.mean(one["frac_alive"])
+        assert all(map(agrees, numbers, values)), (loss, window, alpha, numbers, values)
+    curves = read(HERE / "runs" / "curves.json")
+    text = " ".join(notes.split())
+    for value, rate in re.findall(r"(\.\d{4}) at (\de-3)", text):
+        assert agrees(value, curves[f"--temp_alpha 0 --lr {float(rate)}"]["explained_variance"]), rate
+    base, ours = (read(HERE / "runs" / run / "seed_0" / "consistency.json") for run in ("run_0", "run_6"))
+    switches = lambda one: int(np.abs(np.diff(np.array(one["timeline"]["codes"])[:, :56] > 0)).sum())
+    assert f"the strips switch {switches(ours)} times instead of {switches(base)}" in text
+    a, b = ours["redundancy"], base["redundancy"]
+    assert f"{a['share_above_0.9']:.1%} have one above .9 (baseline {b['share_above_0.9']:.1%}), and the effective rank falls " \
+           f"from {b['effective_rank']:.0f} to {a['effective_rank']:.0f}" in text
+    for run in ("run_0", "run_6"):
+        many = [len(read(p)["redundancy"]["together"]) for p in (HERE / "runs" / run).glob("seed_*/consistency.json")]
+        assert all(f"{min(many)} to {max(many)}" in " ".join((HERE / name).read_text().split()) for name in ("README.md", "notes.txt"))
+
+
 def test_every_number_with_an_error_stands_in_a_record():
     """Whatever README and notes write as "a ± b" is mean and standard error over seeds of a score, or of its paired difference
     or ratio to another run, in the committed JSON. A number that went stale is found here."""
