@@ -1168,6 +1168,28 @@ def test_batchtopk_takes_exactly_the_largest():
         assert torch.allclose(values, pre[pairs.token, pairs.latent]) and threshold == values.min()
 
 
+def test_many_gpus_select_what_one_process_does(monkeypatch):
+    """Two halves of a batch, each told what the other sends; no GPU and no second process is needed for that."""
+    g = torch.Generator().manual_seed(0)
+    sae = experiment.SAE(16, 200, 5)
+    sae.initialise("xavier", torch.zeros(16), g)
+    x, bias, ok, dots, sent = torch.randn(64, 16, generator=g), torch.zeros(200), torch.ones(64, dtype=torch.bool), experiment.pair_dots, []
+    x[:32] *= 2  # this half has more than its share
+    pairs, values, threshold, _ = experiment.select(sae, x, bias, ok, 64, torch.float32)
+    monkeypatch.setattr(experiment, "WORLD", 2)
+    monkeypatch.setattr(experiment, "pair_dots", lambda *tensors: dots(*(t.as_subclass(torch.Tensor) for t in tensors)))
+    monkeypatch.setattr(experiment, "interleaved", lambda mine: sent.append(mine) or mine)
+    half = lambda i: experiment.select(sae, x[i:i + 32].as_subclass(OnGPU), bias, ok[:32], 64, torch.float32)
+    half(0), half(32)
+    monkeypatch.setattr(experiment, "interleaved", lambda mine: torch.cat(sent))
+    found = []
+    for i in (0, 32):
+        some, pre, agreed, _ = half(i)
+        assert torch.isclose(agreed, threshold)
+        found += [(t + i, latent) for t, latent, v in zip(some.token.tolist(), some.latent.tolist(), pre) if v != 0]
+    assert found == list(zip(pairs.token.tolist(), pairs.latent.tolist()))
+
+
 @pytest.mark.parametrize("nonlinearity", CHOICES["nonlinearity"])
 @pytest.mark.parametrize("sparsity", CHOICES["sparsity"])
 def test_folding_the_scale_into_the_weights_changes_nothing(sparsity, nonlinearity):
