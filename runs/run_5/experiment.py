@@ -65,9 +65,10 @@ EMBEDDED_LM, EMBEDDED_TEXT = "SmolLM2-135M", "wikipedia-summaries"  # come as wh
 # ------------------------------------------------------------------------------------------------------------
 
 
-def flag(default, help, choices=None):
-    """A Config field: default, one line of help with the unit or source, and the values allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, least=None, above=None):
+    """A Config field: default, help with the unit or source, and what is allowed: choices, or numbers from `least` on or above
+    `above`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "above": above})
 
 
 @dataclass
@@ -75,29 +76,29 @@ class Config:
     """All settings of one run. Saved as config.json; `check` refuses bad values before any model is loaded."""
 
     out_dir: str = flag("run_0", "where to write; a bare name lands in runs/, a value with a slash is taken literally")
-    seed: int = flag(0, "first seed: initial weights and data order")
-    n_seeds: int = flag(1, "seeds seed, seed+1, ... trained one after the other from one harvest")
+    seed: int = flag(0, "first seed: initial weights and data order", least=0)
+    n_seeds: int = flag(1, "seeds seed, seed+1, ... trained one after the other from one harvest", least=1)
     # -- the activations
     model: str = flag(EMBEDDED_LM, "the embedded model, a hub id, or a local directory with a causal LM")
-    layer: int = flag(9, "decoder block whose output (resid_post) is read; 0 is the first")
+    layer: int = flag(9, "decoder block whose output (resid_post) is read; 0 is the first", least=0)
     dtype: str = flag("auto", "of the LM; auto is bfloat16 where the hardware has it", ("auto", "bfloat16", "float32"))
     device: str = flag("auto", "auto is cuda, then cpu; any torch device by name")
     dataset: str = flag(EMBEDDED_TEXT, "the embedded text, a hub data set, or a local .txt/.jsonl/.parquet file or folder")
     text_field: str = flag("text", "column of a hub or local data set that holds the text")
     acts: str = flag("", ".npy file (N,T,d_in) of your own activations instead of an LM and text")
-    context_size: int = flag(128, "tokens a row, BOS included")
-    harvest_tokens: int = flag(524_288, "distinct training tokens (rounded up to whole rows)")
-    eval_rows: int = flag(464, "held-out rows, from documents that are never trained on")
+    context_size: int = flag(128, "tokens a row, BOS included", least=2)
+    harvest_tokens: int = flag(524_288, "distinct training tokens (rounded up to whole rows)", least=1)
+    eval_rows: int = flag(464, "held-out rows, from documents that are never trained on", least=1)
     reconstruction_rows: int = flag(64, "of those, the first so many are for CE and KL (0: neither); the rest for the "
-                                    "variance metrics")
-    cache_gb: float = flag(20.0, "most that the harvest may take on disk; a larger one streams through a buffer in memory")
-    buffer_gb: float = flag(1.0, "size of that buffer")
+                                    "variance metrics", least=0)
+    cache_gb: float = flag(20.0, "most that the harvest may take on disk; a larger one streams through a buffer in memory", above=0)
+    buffer_gb: float = flag(1.0, "size of that buffer", above=0)
     cache_dir: str = flag("", "tokens, activations and the embedded wheels; default ~/.cache/temporal-sae")
     # -- the sparse autoencoder
-    d_sae: int = flag(2304, "latents")
+    d_sae: int = flag(2304, "latents", least=1)
     sparsity: str = flag("batchtopk", "what keeps codes sparse", ("batchtopk", "topk", "l1"))
-    k: int = flag(32, "active latents a token (topk), or on average (batchtopk)")
-    l1_alpha: float = flag(0.01, "weight of the L1 term, only with --sparsity l1")
+    k: int = flag(32, "active latents a token (topk), or on average (batchtopk)", least=1)
+    l1_alpha: float = flag(0.01, "weight of the L1 term, only with --sparsity l1", least=0)
     nonlinearity: str = flag("relu", "of the encoder", ("relu", "gelu"))
     layernorm: bool = flag(False, "LayerNorm each input, undone at the output")
     skip: bool = flag(False, "add a learned linear bypass of the codes (it can learn the identity: read notes.txt)")
@@ -105,35 +106,35 @@ class Config:
     # -- the temporal loss
     temp_loss: str = flag("selective", "see the section on losses",
                           ("selective", "sqdiff", "variance", "autocorr", "infonce", "infonce_dot"))
-    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline")
-    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)")
+    temp_alpha: float = flag(0.3, "weight of the temporal loss; 0 is the baseline", least=0)
+    window: int = flag(2, "tokens a sliding window spans; 1 is the baseline (infonce: neighbours only, whatever it is above 1)", least=1)
     temp_codes: str = flag("soft", "what it reads of a latent that is active at one token of a pair at least: pre, its activations "
                            "before selection; post, its codes; soft, in between: pre, faded out around the threshold. (infonce: "
                            "always post; with l1 all three are the same)", ("soft", "pre", "post"))
-    temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold")
-    temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap")
-    gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone")
-    temperature: float = flag(0.1, "infonce: of the softmax")
+    temp_fade: float = flag(0.25, "soft: half the width of that fade, as a share of the threshold", above=0)
+    temp_chunks: int = flag(16, "chunks of a batch that it reads each step: a fair sample, so that it is cheap", least=1)
+    gate_power: float = flag(1.0, "selective: how sharply latents that do not prove slow are left alone", least=0)
+    temperature: float = flag(0.1, "infonce: of the softmax", above=0)
     temporal_fraction: float = flag(1.0, "share of the dictionary (its first latents) that the temporal loss binds")
-    matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by that share alone (Bussmann et al. 2025); 0 is off")
+    matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by that share alone (Bussmann et al. 2025); 0 is off", least=0)
     control: str = flag("none", "break the order that the temporal loss sees: its neighbours come from other documents, or "
                         "tokens are permuted inside their document's part of a chunk", ("none", "other_docs", "permuted"))
     # -- training
-    train_tokens: int = flag(3_000_000, "token visits; the harvest is gone round as often as needed")
-    batch_size: int = flag(4096, "tokens a step")
-    chunk_size: int = flag(32, "neighbouring tokens that stay together when the data is shuffled; window <= chunk_size")
-    lr: float = flag(6e-3, "Adam's peak learning rate")
+    train_tokens: int = flag(3_000_000, "token visits; the harvest is gone round as often as needed", least=1)
+    batch_size: int = flag(4096, "tokens a step", least=1)
+    chunk_size: int = flag(32, "neighbouring tokens that stay together when the data is shuffled; window <= chunk_size", least=1)
+    lr: float = flag(6e-3, "Adam's peak learning rate", above=0)
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant", ("cosine", "constant"))
-    warmup_steps: int = flag(50, "linear warm-up of the learning rate")
-    temp_warmup: float = flag(0.1, "share of training without the temporal loss, at most .5; it is ramped up over as much again")
-    grad_clip: float = flag(1.0, "gradient norm; 0 is off")
-    auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); 0 is off")
-    dead_tokens: int = flag(100_000, "a latent that has not fired for so many tokens counts as dead")
+    warmup_steps: int = flag(50, "linear warm-up of the learning rate", least=0)
+    temp_warmup: float = flag(0.1, "share of training without the temporal loss, at most .5; it is ramped up over as much again", least=0)
+    grad_clip: float = flag(1.0, "gradient norm; 0 is off", least=0)
+    auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); 0 is off", least=0)
+    dead_tokens: int = flag(100_000, "a latent that has not fired for so many tokens counts as dead", least=1)
     matmul_dtype: str = flag("auto", "of the dense products: selection, the temporal sample, AuxK and l1; all else is float32",
                              ("auto", "bfloat16", "float32"))
     # -- housekeeping
-    log_every: int = flag(20, "steps between lines of log.jsonl")
-    checkpoint_every: int = flag(200, "steps between checkpoints")
+    log_every: int = flag(20, "steps between lines of log.jsonl", least=1)
+    checkpoint_every: int = flag(200, "steps between checkpoints", least=1)
     resume: bool = flag(False, "go on from the last checkpoint in out_dir")
     overwrite: bool = flag(False, "delete the run that is in out_dir")
     debug: bool = flag(False, "show tracebacks")
@@ -162,23 +163,13 @@ def check(cfg):
             raise ValueError(f"--{f.name} {value} is not one of {', '.join(allowed)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} must be a finite number, not {value}")
+        least, above = f.metadata["least"], f.metadata["above"]
+        if least is not None and value < least or above is not None and value <= above:
+            raise ValueError(f"--{f.name} must be {f'at least {least}' if above is None else f'above {above}'}, not {value}")
     if Path(cfg.out_dir).name in ("", "..") or cfg.run_dir.is_file():
         raise ValueError(f"--out_dir {cfg.out_dir} does not name a directory of its own")
-    for name in ("n_seeds", "harvest_tokens", "eval_rows", "d_sae", "k", "window", "train_tokens",
-                 "batch_size", "chunk_size", "temp_chunks", "log_every", "checkpoint_every", "dead_tokens"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.seed + cfg.n_seeds > 2**63:
         raise ValueError(f"--seed {cfg.seed} is too large: it must fit 63 bits")
-    if cfg.context_size < 2:
-        raise ValueError("--context_size must be at least 2: a row starts with BOS")
-    for name in ("seed", "layer", "reconstruction_rows", "l1_alpha", "temp_alpha", "gate_power", "matryoshka_alpha",
-                 "warmup_steps", "temp_warmup", "grad_clip", "auxk_alpha"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name} must not be negative, got {getattr(cfg, name)}")
-    for name in ("lr", "temperature", "temp_fade", "cache_gb", "buffer_gb"):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name} must be positive, got {getattr(cfg, name)}")
     if cfg.temp_warmup > 0.5:
         raise ValueError(f"--temp_warmup {cfg.temp_warmup} is above .5: the temporal loss would never reach its weight")
     if cfg.control == "other_docs" and cfg.window > min(cfg.temp_chunks, cfg.batch_size // cfg.chunk_size) // WORLD:
@@ -501,10 +492,10 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     """Choose the active pairs of a batch without sorting all of it.
 
     x (B,d_in), mask (B,) bool, n_valid = mask.sum() known on the host; sae.threshold is the last step's.
-    The dense product is only asked which pairs are near the top (bfloat16 will do); their values are then
-    computed in float32 and the k per token, or k*n_valid per batch (of all processes), are cut from those.
+    The dense product is only asked which pairs are near the top (bfloat16 will do), their values are computed in
+    float32; with batchtopk on a CPU the k*n_valid per batch (of all processes) are then cut from those.
     Returns Pairs, their pre-activations (P,) in float32, the threshold (0-dim tensor: the smallest selected one; with topk the
-    mean over valid tokens of each token's smallest), and the dense product (B,d_sae), with batchtopk -inf at invalid tokens.
+    mean over valid tokens of each token's smallest), and the dense product (B,d_sae).
     """
     n, keep = len(x), sae.k * n_valid
     dense = F.linear(x.to(matmul_dtype), sae.W_enc.t().to(matmul_dtype), bias.to(matmul_dtype))
@@ -527,6 +518,9 @@ def select(sae, x, bias, mask, n_valid, matmul_dtype):
     if sae.sparsity == "topk":
         least = agreed((pre.view(n, -1).amin(1) * mask).sum()) / max(n_valid, 1)
         return make_pairs(token, latent, n, sae.d_sae), pre, least, dense
+    if x.is_cuda and WORLD > 1 and keep:  # all send as many; what others beat becomes 0, as its removal would be waited for
+        threshold = interleaved(pre).topk(keep, sorted=False).values.min()
+        return make_pairs(token, latent, n, sae.d_sae), pre * (pre >= threshold), threshold, dense
     everyone = gathered(pre)
     threshold = everyone.min() if len(everyone) else bias.new_zeros(())
     if len(everyone) > keep:  # what the hint let through beyond k a token
@@ -545,9 +539,9 @@ class Ends(NamedTuple):
     """What a temporal loss sees: pairs of tokens less than `window` apart, each counted once, and of each the latents active at
     one end at least. (The others would add nothing with --temp_codes post, next to nothing with soft.)
 
-    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): 1 / number of token pairs, half
-    of it where the entry is listed from both its ends, 0 where the two tokens are not of one document. variance
-    (n_latents,): of the codes, a constant to the gradient."""
+    M entries: a, b (M,) the latent's activations at the two ends, latent (M,), weight (M,): its token pair's share of all pairs
+    (see Trainer.ends), half of it where the entry is listed from both its ends, 0 where the two tokens are not of one document.
+    variance (n_latents,): of the codes, a constant to the gradient."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -557,7 +551,7 @@ class Ends(NamedTuple):
     window: int
 
     def mean(self, values):
-        """values (M,) -> (n_latents,): for each latent the mean over all pairs of tokens.
+        """values (M,) -> (n_latents,): for each latent the mean over all pairs of tokens, each with its share.
 
         >>> a, b, latent, half = torch.tensor([1., 3.]), torch.tensor([3., 3.]), torch.tensor([0, 0]), torch.full((2,), 0.5)
         >>> two = Ends(a, b, latent, half, torch.ones(1), 2)
@@ -567,7 +561,7 @@ class Ends(NamedTuple):
         return total(torch.zeros_like(self.variance).index_add(0, self.latent, values * self.weight))
 
     def moments(self):
-        """Per latent, means over all pairs: (z_t - z_s)^2 and z_t^2 + z_s^2, both (n_latents,)."""
+        """Per latent, means over the pairs: (z_t - z_s)^2 and z_t^2 + z_s^2, both (n_latents,)."""
         return self.mean((self.a - self.b).square()), self.mean(self.a.square() + self.b.square())
 
 
@@ -604,21 +598,21 @@ def autocorr_loss(ends):
     return ends.moments()[0].sum() / (2 * ends.variance.sum().clamp(min=1e-8))
 
 
-def selective_loss(difference, power, mean, running_mean, flicker, weight):
+def selective_loss(difference, spread, flicker, weight):
     """sum_i weight_i * (D_i - flicker_i * S_i) / 2, with D = E[(z_t - z_s)^2], S = E[z_t^2 + z_s^2] - 2 E[z]^2.
 
     flicker_i is a running D_i / S_i = 1 - rho_i, so the gradient is that of 1 - rho_i itself, which no rescaling changes
-    and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E[z]^2 enters by its
-    tangent at the running mean, 2 m E[z] - m^2, because the square of a small sample's mean is biased. `weight` (see
-    Trainer.gate) lets go of latents that do not prove slow: smoothing everything alike blends features (notes.txt).
+    and no constant added: nothing is gained by shrinking codes, nor by a latent that is always on. E is over pairs of
+    tokens, each with a share of 1 / its active latents, and E[z] over the same sample: against a running mean a latent that
+    drifts upwards would seem to spread, and a few drift without end (notes.txt). `weight` (see Trainer.gate) lets go of
+    latents that do not prove slow: smoothing everything alike blends features.
     The value itself stays around 0: what it does shows in temporal_grad_ratio.
 
-    All (n_latents,). With D = 2, E[z_t^2 + z_s^2] = 14, E[z] = m = 1: S = 14 - 2 * (2 - 1) = 12, and (2 - .1 * 12) / 2:
+    All (n_latents,). With D = 2, S = 12 and a running 1 - rho of .1: (2 - .1 * 12) / 2
     >>> one = torch.ones(1)
-    >>> selective_loss(2 * one, 14 * one, one, one, 0.1 * one, one)
+    >>> selective_loss(2 * one, 12 * one, 0.1 * one, one)
     tensor(0.4000)
     """
-    spread = power - 2 * running_mean * (2 * mean - running_mean)
     return (weight * (difference - flicker * spread)).sum() / 2
 
 
@@ -688,6 +682,7 @@ class Stop:
 
     def __init__(self):
         self.signal, self.wait = 0, False
+        self.claimed = False  # whether the run directory is this run's own by now: then it can be resumed
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handle)
@@ -995,7 +990,8 @@ def open_text(cfg, skip):
     if path.suffix == ".txt" or (path.is_dir() and any(path.glob("*.txt"))):
         files = [path] if path.is_file() else sorted(path.glob("*.txt"))
         return ((block, None) for block in itertools.islice(text_blocks(files), skip, None))
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
+    logging.set_verbosity(logging.CRITICAL)  # what is broken is said once, by us
     if path.exists():
         files = [str(f) for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in TEXT_FILES]
         kind = "parquet" if files and files[0].endswith(".parquet") else "json"
@@ -1239,6 +1235,7 @@ def cached_residuals(cfg, tokens, batch_rows=HARVEST_ROWS, stop=None, together=F
                 harvest_batches(cfg, tokens, batch_rows, folder, share, stop)
                 while "-" in progress.read_text():  # the others' share
                     stop.check(), time.sleep(0.2)
+    stop and stop.check()  # what came while sums were taken
     return np.load(folder / "acts.npy", mmap_mode="r")
 
 
@@ -1310,7 +1307,8 @@ class Stream:
         bar = tqdm(range(0, self.half_rows, WORLD * HARVEST_ROWS), desc="refill", unit="batch", leave=False, disable=RANK > 0)
         with contextlib.closing(bar):
             for i in bar:  # each process its batch; then all have all of them
-                self.stop.check()
+                if number := highest(self.stop.signal):  # all stop before the same batch
+                    raise Interrupted(number)
                 own = min(i + RANK * HARVEST_ROWS, self.half_rows - HARVEST_ROWS)  # beyond the end: computed in vain
                 block = harvested(self.cfg, self.rows.tokens[(first + np.arange(own, own + HARVEST_ROWS)) % len(self)])
                 blocks = interleaved(torch.from_numpy(block.view(np.uint8))[None]).flatten(0, 1)[: self.half_rows - i]
@@ -1382,7 +1380,14 @@ def load_harvest(cfg, stop):
         acts = cached_residuals(cfg, rows.tokens, stop=stop, together=True) if cached else Stream(cfg, config, rows, stop)
     N, T, d_in = acts.shape
     sample = np.linspace(0, N - 1, min(512, N)).astype(int)
-    sample_acts, sample_mask = np.array(acts[sample]), (doc_id[sample] + 1) * valid[sample]
+    sample_mask = (doc_id[sample] + 1) * valid[sample]
+    if isinstance(acts, Stream):
+        sample_acts = acts[sample]
+    else:
+        sample_acts = np.empty((len(sample), T, d_in), acts.dtype)
+        for place, row in enumerate(sample):
+            sample_acts[place] = acts[row]
+            release(acts)  # for a row the system maps megabytes of the file
     if not sample_mask.any():
         raise ValueError("no valid token is left to train on")
     x = as_float(sample_acts)
@@ -1466,8 +1471,8 @@ class Trainer:
         """variance, rho: of the scaled activations (see Harvest)."""
         self.cfg, self.sae, self.variance, self.rho = cfg, sae.to(device), variance, rho
         self.n_bound = max(1, round(cfg.temporal_fraction * sae.d_sae))  # latents that the temporal loss binds
-        self.moments = torch.zeros(5, self.n_bound, device=device)  # running variance, lag-1 covariance, D, P and E[z],
-        self.n_moments = 0  # after so many updates from zero
+        self.moments = torch.zeros(4, self.n_bound, device=device)  # running variance, lag-1 covariance, D and S (see
+        self.n_moments = 0  # selective_loss), after so many updates from zero
         # what `forward` leaves for `temporal`: where the batch's selection stopped (with l1: 0), and the dense product
         self.threshold, self.dense = torch.zeros((), device=device), None
         self.matmul_dtype = pick_dtype(cfg.matmul_dtype, device)
@@ -1515,37 +1520,46 @@ class Trainer:
             return infonce_loss(codes, mask, cfg.temperature, cosine=cfg.temp_loss == "infonce")
         ends, covariance = self.ends(x, bias, acts, pairs, mask, step)
         if cfg.temp_loss == "selective":
-            moments = *ends.moments(), ends.mean(ends.a + ends.b) / 2
-            return selective_loss(*moments, *self.gate(ends.variance, covariance, *moments))
+            difference, power = ends.moments()
+            spread = power - ends.mean(ends.a + ends.b).square() / 2
+            return selective_loss(difference, spread, *self.gate(ends.variance, covariance, difference, spread))
         return WINDOW_LOSSES[cfg.temp_loss](ends)
 
     def ends(self, x, bias, acts, pairs, mask, step):
         """-> (Ends of the sample's tokens, lag-1 covariance of the codes (n_bound,)).
 
-        Each active latent of a token is looked up at the tokens beside it, before selection: so a neighbour takes part,
-        with a gradient of its own, also where it lost the selection. All of it is sparse."""
+        Each active latent of a token is looked up at the tokens beside it, also where it lost the selection there (if not
+        temp_codes post): so a neighbour takes part with a gradient of its own. All of it is sparse."""
         cfg, sae, n, d_sae = self.cfg, self.sae, mask.numel(), self.sae.d_sae
-        if pairs is None:
-            token, latent = (acts[:n] > 0).nonzero(as_tuple=True)
-            here = acts[token, latent].float()
+        if pairs is None:  # on a GPU all are taken, the inactive ones too: nonzero would wait for it
+            every = torch.arange(n * d_sae, device=x.device) if x.is_cuda else (acts[:n] > 0).flatten().nonzero()[:, 0]
+            token, latent, here = every // d_sae, every % d_sae, acts[:n].flatten()[every].float()
         else:  # on a GPU a length that is known without waiting: the sample does not have twice its share
             m = min(len(acts), 2 * sae.k * n) if x.is_cuda else int(pairs.token_ptr[n])
             token, latent, here = pairs.token[:m], pairs.latent[:m], acts[:m]
-        bound = ((token < n) & (latent < self.n_bound)).float()
-        # 1 + where a (token, latent) stands among the selected, 0 if it does not; what is beyond the sample goes into row n
+        active = here > 0
+        bound = ((token < n) & (latent < self.n_bound) & active).float()
+        # 1 + where a (token, latent) stands among the active, 0 if it does not; what is beyond the sample goes into row n
         where = torch.zeros((n + 1) * d_sae, dtype=torch.int32, device=x.device)
-        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, dtype=torch.int32, device=x.device)
+        where[token.clamp(max=n) * d_sae + latent] = torch.arange(1, len(token) + 1, dtype=torch.int32, device=x.device) * active
         token, bound_latent = token.clamp(max=n - 1), latent.clamp(max=self.n_bound - 1)
 
         order, docs = self.reorder(mask, step)
         beside = [partners(order, docs, offset) for lag in range(1, cfg.window) for offset in (lag, -lag)]
-        other, ok = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
+        other, share = (torch.stack(parts) for parts in zip(*beside))  # (O,n)
         key = other[:, token] * d_sae + latent
-        both = where[key] > 0
-        count = agreed(ok.sum()).clamp(min=2) / 2  # every pair of tokens is seen from both its ends
-        weight = ok[:, token] * bound * (1 - both.float() / 2) / count
-        read = (both if cfg.temp_codes == "post" else self.near(key)) & (bound > 0)
-        there = self.look_up(x, bias, other, token, latent, read)
+        selected = where[key]
+        both = selected > 0
+        if cfg.temp_loss == "selective":
+            n_active, common = (torch.zeros_like(share).index_add(1, token, w * bound) for w in (torch.ones_like(both), both))
+            # A pair of tokens counts as 1 / its active latents: with equal shares most of a sum over latents comes from the pairs
+            # that have most of them, and what pays is to let dozens of latents tell one persistent fact (notes.txt).
+            share = share / (n_active + n_active.gather(1, other) - common).clamp(min=1)
+        count = agreed(share.sum()).clamp(min=1e-8) / 2  # every pair of tokens is seen from both its ends
+        weight = share[:, token] * bound * (1 - both.float() / 2) / count
+        there = here.index_select(0, (selected - 1).clamp(min=0).flatten()).view_as(both) * both  # is known already
+        if cfg.temp_codes != "post" and pairs is not None:  # without a selection nothing was lost in it
+            there = there + self.look_up(x, bias, other, token, latent, self.near(key) & ~both & (bound > 0))
         a, b = (fade(z, self.threshold, cfg.temp_fade) if cfg.temp_codes == "soft" else z for z in (here, there))
 
         # moments of the codes themselves, in the true order also in the controls
@@ -1613,18 +1627,19 @@ class Trainer:
 
     @torch.no_grad()
     def gate(self, *moments):
-        """Variance and lag-1 covariance of each bound latent's codes, and D, P and E[z] of what the loss reads (see
-        selective_loss) -> running (E[z], flicker, weight), all (n_bound,), constants to the gradient.
+        """Variance and lag-1 covariance of each bound latent's codes, and D and S of what the loss reads (see selective_loss)
+        -> running (flicker, weight), both (n_bound,), constants to the gradient.
 
         weight_i = min(1, rho_i / rho_x)^p / sqrt((Var_i + mean Var) * mean Var) / n: rho_i the latent's own autocorrelation,
-        rho_x the raw activations'. A latent that is as slow as its input is bound in full, one that is not is let go."""
-        self.moments.lerp_(torch.stack(moments), 0.02)
+        rho_x the raw activations' (both over all tokens alike). A latent that is as slow as its input is bound in full, one
+        that is not is let go."""
+        self.moments.lerp_(torch.stack(moments).nan_to_num(0, 0, 0), 0.02)  # a step that is left out must not stay in them
         self.n_moments += 1
-        variance, covariance, difference, power, mean = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
+        variance, covariance, difference, spread = self.moments / (1 - 0.98**self.n_moments)  # unbiased from the first
         rho = (covariance / variance.clamp(min=1e-9)).clamp(0, 1)
         gate = (rho / max(self.rho, 1e-3)).clamp(max=1) ** self.cfg.gate_power
         weight = gate / ((variance + variance.mean()) * variance.mean()).clamp(min=1e-12).sqrt() / self.n_bound
-        return mean, difference / (power - 2 * mean.square()).clamp(min=1e-9), weight
+        return difference / spread.clamp(min=1e-9), weight
 
     def auxk(self, x, bias, residual, ok):
         """AuxK (Gao et al. 2024): the dead latents with the largest pre-activations explain what is left over.
@@ -1897,14 +1912,15 @@ def load_sae(folder, device="cpu"):
     return sae.to(device).requires_grad_(False)
 
 
-def environment():
+def environment(cfg):
     """Versions, device and the hashes of both scripts: what a number depends on besides config.json."""
     packages = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "gguf", "scikit-learn")
     return {
         "python": platform.python_version(), "platform": platform.platform(),
         "packages": {p: importlib.metadata.version(p) for p in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if pick_device(cfg.device).startswith("cuda") else platform.processor()
+        or platform.machine(),
+        "threads": torch.get_num_threads(), "processes": WORLD,
         "experiment_sha256": hashlib.sha256(SOURCE.encode()).hexdigest(),
         "evaluate_sha256": hashlib.sha256(Path(evaluate.__file__).read_bytes()).hexdigest(),
     }
@@ -1938,9 +1954,9 @@ def check_claim(cfg):
         raise ValueError(f"{run_dir} holds something that is not a run: choose another --out_dir")
     elif found and not cfg.overwrite:
         # a clone brings the records of our runs without their weights; git can bring them back, so they may go
-        git = lambda *args: subprocess.run(["git", "-C", str(run_dir), *args], capture_output=True, text=True)
+        git = lambda *args: subprocess.run(["git", "-C", str(run_dir), *args], capture_output=True, text=True).stdout.strip()
         weights = list(run_dir.glob("seed_*/sae_weights.safetensors")) + list(run_dir.glob("checkpoint/*"))
-        clean = git("ls-files", ".").stdout.strip() and not git("status", "--porcelain", ".").stdout.strip()
+        clean = shutil.which("git") and git("ls-files", ".") and not git("status", "--porcelain", ".")
         if weights or not clean:
             raise ValueError(f"{run_dir} already holds a run: choose another --out_dir, or give --resume or --overwrite")
         say(f"{run_dir} holds a committed record without weights: it is written anew (git keeps the old one)")
@@ -1952,7 +1968,7 @@ def claim(cfg):
         if p.name != ".lock":
             shutil.rmtree(p) if p.is_dir() else p.unlink()
     (cfg.run_dir / "experiment.py").write_text(SOURCE)
-    write_json({cfg.run_dir / "environment.json": environment(), cfg.run_dir / "config.json": asdict(cfg)})
+    write_json({cfg.run_dir / "environment.json": environment(cfg), cfg.run_dir / "config.json": asdict(cfg)})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1979,6 +1995,7 @@ def run(cfg, stop):
             harvest = load_harvest(cfg, stop) if todo else None
             if not cfg.resume:
                 claim(cfg)
+            stop.claimed = True
             for seed in todo:
                 sae = train(cfg, seed, harvest, stop)
                 acts, mask = (a[0] for a in harvest.sample)
@@ -2028,15 +2045,19 @@ def main(argv=None):
         print(f"run directory: {cfg.run_dir}\nnext: python plot.py")
         return 0
     except Interrupted as e:
-        say("stopped; go on with the same command" + (" and --resume" if (cfg.run_dir / "config.json").exists() else ""))
+        flags = "" if not stop.claimed else ", --resume in place of --overwrite" if cfg.overwrite else " and --resume"
+        say(f"stopped; go on with the same command{flags}")
         return 128 + e.args[0]
     except Exception as e:  # whatever went wrong, the user gets one sentence; --debug shows the traceback
         if cfg and cfg.debug:
             traceback.print_exc()
         memory = isinstance(e, MemoryError) or "memory" in str(e).lower()
         knobs = "; lower --batch_size, --d_sae, --context_size or --buffer_gb" if memory else ""
-        print(f"error: {first_line(e)}{knobs}", file=sys.stderr)
-        return 2 if isinstance(e, ValueError) else 1
+        # a ValueError of our own is the user's to mend; one from inside a library is a run that failed
+        ours = traceback.extract_tb(e.__traceback__)[-1].filename in (__file__, evaluate.__file__)
+        where = "" if ours or cfg and cfg.debug else " (--debug shows where)"
+        print(f"error: {first_line(e)}{knobs}{where}", file=sys.stderr)
+        return 2 if ours and isinstance(e, ValueError) else 1
 
 
 if __name__ == "__main__":
