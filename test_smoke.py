@@ -1111,6 +1111,12 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
+def take_pretended(monkeypatch):
+    """Let pair_dots take an OnGPU: its sparse tensor cannot be of a subclass."""
+    dots = experiment.pair_dots
+    monkeypatch.setattr(experiment, "pair_dots", lambda *tensors: dots(*(t.as_subclass(torch.Tensor) for t in tensors)))
+
+
 class Waits(TorchDispatchMode):
     """Collects the operations for whose result, or its length, the host would have to wait."""
 
@@ -1128,8 +1134,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("sparsity, temp_loss, temp_codes", [("batchtopk", "selective", "soft"), ("batchtopk", "sqdiff", "post"),
                                                              ("topk", "selective", "pre"), ("l1", "selective", "soft"), ("l1", "variance", "pre")])
 def test_the_branches_for_a_gpu_give_the_same_gradients_and_never_wait(tiny, sparsity, temp_loss, temp_codes, monkeypatch):
-    dots = experiment.pair_dots  # its sparse tensor cannot be of a subclass
-    monkeypatch.setattr(experiment, "pair_dots", lambda *tensors: dots(*(t.as_subclass(torch.Tensor) for t in tensors)))
+    take_pretended(monkeypatch)
     cfg = config(tiny, sparsity=sparsity, d_sae=300, k=8, temp_loss=temp_loss, temp_alpha=.5, temp_codes=temp_codes, temp_warmup=0,
                  grad_clip=0, batch_size=256, temporal_fraction=.5, window=3, temp_chunks=16, matmul_dtype="float32")
     g = torch.Generator().manual_seed(0)
@@ -1173,11 +1178,11 @@ def test_many_gpus_select_what_one_process_does(monkeypatch):
     g = torch.Generator().manual_seed(0)
     sae = experiment.SAE(16, 200, 5)
     sae.initialise("xavier", torch.zeros(16), g)
-    x, bias, ok, dots, sent = torch.randn(64, 16, generator=g), torch.zeros(200), torch.ones(64, dtype=torch.bool), experiment.pair_dots, []
+    x, bias, ok, sent = torch.randn(64, 16, generator=g), torch.zeros(200), torch.ones(64, dtype=torch.bool), []
     x[:32] *= 2  # this half has more than its share
     pairs, values, threshold, _ = experiment.select(sae, x, bias, ok, 64, torch.float32)
     monkeypatch.setattr(experiment, "WORLD", 2)
-    monkeypatch.setattr(experiment, "pair_dots", lambda *tensors: dots(*(t.as_subclass(torch.Tensor) for t in tensors)))
+    take_pretended(monkeypatch)
     monkeypatch.setattr(experiment, "interleaved", lambda mine: sent.append(mine) or mine)
     half = lambda i: experiment.select(sae, x[i:i + 32].as_subclass(OnGPU), bias, ok[:32], 64, torch.float32)
     half(0), half(32)
