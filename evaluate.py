@@ -1,28 +1,32 @@
-"""The judge: scores a trained sparse autoencoder (SAE) on held-out text. Not to be edited between runs that are compared.
+"""The judge: scores a trained sparse autoencoder (SAE) on held-out text.
 
-    python evaluate.py runs/run_2                     score a run again, through the experiment.py saved inside it
-    python evaluate.py runs/run_0 runs/run_4          print a table from scores already on disk
-    python evaluate.py runs/run_2 --feature 123       read one latent: its numbers, top tokens, top passages
+    python evaluate.py runs/run_2                      score a run again
+    python evaluate.py runs/run_2 --model OTHER        the same SAE on another model of its width
+    python evaluate.py FOLDER --model M --layer L      any SAE in SAELens' format, whoever trained it
+    python evaluate.py runs/run_0 runs/run_4           print a table from scores on disk
 
-Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how codes behave along a text) and
-final_info.json (the headline numbers, raw values of every seed kept). Nothing is written until everything is computed.
+Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how codes behave along
+a text), latents.json (what a page about the latents shows) and final_info.json (the headline
+numbers with the raw values of every seed). Nothing is written until everything is computed. This
+file should not change between runs that are compared: its SHA-256 stands in every score.
 
-Notation: x (…,d_in) activation, x_hat its reconstruction, f or acts (…,d_sae) the codes. A *valid* token is none of
-{bos, eos, pad}. A *segment* is the part of one document inside one row; a *pair* (t, t+lag) lies inside one segment
-with both ends valid. Sums run over all evaluated tokens in float64 with one division at the end. Memory does not grow
-with the number of tokens: sums are streamed, and what needs the codes twice keeps them (sparse) for SAMPLE_ROWS rows.
+Notation: x (..., d_in) an activation, x_hat its reconstruction, f or acts (..., d_sae) the codes.
+doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and the number of its
+document + 1 elsewhere: a *valid* token. A *segment* is the part of one document inside one row. A
+*pair* (t, t + lag) is two valid tokens of one segment. Latents come in three *groups*: whole, lead
+(the leading latents that a temporal loss binds) and rest. Sums run over all evaluated tokens in
+float64 with one division at the end. They are streamed; what needs the codes twice (position
+matrices, clusters, probes) uses the first SAMPLE_ROWS rows.
 """
 import argparse
 import contextlib
-import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
-import os
 import signal
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -30,8 +34,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
@@ -40,213 +47,581 @@ from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score, silhouett
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # stands in every score: which judge said so
+import prepare
 
-BATCH_ROWS = 16      # SAEBench's batch; its mse and its bias are means over batches, so this is part of the protocol
-LOGIT_TOKENS = 512   # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB, a few times over
+SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+REPO = Path(__file__).resolve().parent
+
+BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
+LOGIT_TOKENS = 512  # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB
 LAGS = (1, 2, 4, 8, 16, 32, 64)
-MIN_FIRINGS = 20     # latents that fire less often have no correlation worth averaging
-SAMPLE_ROWS = 512    # rows whose codes are kept (sparse) for what needs a second look: matrices, clusters, probes
-SAMPLE_NNZ = 20_000_000   # ... and a cap of 160 MB for dictionaries that are not sparse
-MATRIX_SIDE = 128    # position matrices are at most this wide; longer contexts share cells
-REDUNDANT = 0.9      # two latents are redundant when their codes correlate above this
-TOGETHER, PARTNERS = 0.6, 10   # latents fire together when more than so many others correlate with each above this
+MIN_FIRINGS = 20  # latents that fire less often have no correlation worth averaging
+SAMPLE_ROWS = 512  # rows whose codes are kept (sparse) for what needs a second look
+SAMPLE_NNZ = 20_000_000  # and at most so many codes: 240 MB
+MATRIX_SIDE = 128  # position matrices are at most this wide; longer contexts share cells
+REDUNDANT = 0.9  # two latents are redundant when their codes correlate above this
+TOGETHER = 0.6  # a latent fires together with others when its codes correlate above this ...
+PARTNERS = 10  # ... with more than so many of them
 MAX_COMPARED = 4096  # latents in the latent x latent matrix: 134 MB in float64
+DEFAULT_LEAD = 0.2  # share of the dictionary that counts as the lead where a run has none
 PROBE_K = (1, 5, 20)
-GROUPS = ("whole", "high", "low")  # high: the leading latents that a temporal loss binds; low: the rest
-CORE_KEYS = ("explained_variance", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias", "l0", "l1", "frac_alive",
-             "ce_loss_score", "kl_div_score")
+TOPIC_TOKENS = 9000  # single tokens in the topic probe
+TOPIC_FROM = 8  # ... each at least so many tokens after the first of its segment
+CLASS_TOKENS = 8000  # tokens a side in the token class probe
+ID_DOCUMENTS = 120  # documents told apart by the document probe,
+ID_LEAST = 40  # each with so many valid tokens at least,
+ID_TOKENS = 25  # of which it reads the last so many
+LIMIT_LAG = 16  # lag at which the slowest linear directions are fitted
+LIMIT_FIRST = (10, 50, 100)
+EDGE = 8  # tokens on each side of a place that may be a boundary
+GROUPS = ("whole", "lead", "rest")
+CORE_KEYS = (
+    "explained_variance", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias",
+    "l0", "l1", "frac_alive", "ce_loss_score", "kl_div_score")
+# what config.json or the command line may say of the text, handed on to prepare.text_rows
+TEXT_OPTIONS = (
+    "context_size", "harvest_tokens", "eval_rows", "calibration_rows", "text_field",
+    "dataset_config", "split", "encoding", "cache_dir")
 
 
-# ------------------------------------------------------------------------------------------------ numbers and files
+# --------------------------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def plain(value, digits=None):
-    """numpy/torch scalars and arrays -> what json can hold; NaN and inf -> None; floats to `digits` significant digits."""
+    """What JSON can hold: numpy and torch values become Python's, NaN and infinity None.
+
+    digits: significant digits of floats; None keeps them all.
+    """
     if isinstance(value, dict):
-        return {str(k): plain(v, digits) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(v, digits) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    if isinstance(value, (bool, int, str)) or value is None:
+        return {str(key): plain(part, digits) for key, part in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(part, digits) for part in value]
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
+    if not isinstance(value, float):
         return value
-    value = float(value) if isinstance(value, (float, np.floating)) else value.item()
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return float(f"{value:.{digits}g}") if digits else value
-    return value
+    if not math.isfinite(value):
+        return None
+    if digits is None:
+        return value
+    return float(f"{value:.{digits}g}")
 
 
 def ratio(a, b):
-    """a / b as a float, NaN (later: null with a reason) where b is 0."""
-    return float(a) / float(b) if b else math.nan
+    """a / b as a float; NaN, which becomes null with a reason, where b is 0."""
+    if b == 0:
+        return math.nan
+    return float(a) / float(b)
 
 
 def has_null(value):
-    """True when a None stands anywhere inside a JSON-like value."""
-    if isinstance(value, (dict, list)):
-        return any(has_null(v) for v in (value.values() if isinstance(value, dict) else value))
+    """Whether a None stands anywhere inside a JSON-like value."""
+    if isinstance(value, dict):
+        return any(has_null(part) for part in value.values())
+    if isinstance(value, list):
+        return any(has_null(part) for part in value)
     return value is None
 
 
-def write_json(files):
-    """{path: object} written beside their targets, fsynced, then renamed: all or nothing, never a half-written score."""
-    for path, tree in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # one line for each top-level key: small files that still diff
-        text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in tree.items())
-        with open(path.with_name(path.name + ".tmp"), "w") as file:
-            file.write("{" + text + "}\n")
-            file.flush()
-            os.fsync(file.fileno())
-    for path in files:
-        os.replace(path.with_name(path.name + ".tmp"), path)
+def mean_or_nan(values):
+    """Mean of a list or array; NaN if it is empty."""
+    if len(values) == 0:
+        return math.nan
+    return np.mean(values)
 
 
-def read_json(path):
-    """The object in a JSON file; ValueError with one sentence if it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as err:
-        raise ValueError(f"{path} is not valid JSON ({err})") from None
+def public_name(name):
+    """A model's or data set's name as it may be published: of a local path the last part."""
+    path = Path(name).expanduser()
+    if path.is_absolute() or path.exists():
+        return path.resolve().name
+    return str(name)
 
 
-def sha256(*parts):
-    """Hex digest over bytes, arrays (with their shapes) or files."""
+# --------------------------------------------------------------------------------------------------
+# The SAE: any folder in SAELens' format
+# --------------------------------------------------------------------------------------------------
+
+
+def tensor_hash(tensors):
+    """SHA-256 over the sorted names and the bytes of {name: tensor}: same weights, same hash."""
     digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            part = part.read_bytes()
-        elif isinstance(part, np.ndarray):
-            digest.update(str(part.shape).encode())
-            part = np.ascontiguousarray(part)
-        digest.update(part)   # arrays through their buffer: a memory-mapped file is not copied
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ rows of held-out text
+class SAE:
+    """A sparse autoencoder as it is used: it encodes one token at a time.
+
+        acts  = select(act(W_enc^T (norm(x) - b_dec) + b_enc))
+        x_hat = unnorm(W_dec^T acts + b_dec)
+
+    select: nothing (standard), the k largest (topk), what exceeds its threshold (jumprelu). act:
+    ReLU, or GELU in our variant. norm: none, layer_norm or constant_norm_rescale, as in SAELens.
+    Where apply_b_dec_to_input is false, b_dec is not subtracted. Our variant with a bypass adds
+    W_skip^T (norm(x) - b_dec) to the output. All tensors are float32.
+    """
+
+    def __init__(self, spec, tensors):
+        """spec: the contents of cfg.json. KeyError or ValueError where something is missing."""
+        self.spec = spec
+        ours = spec.get("temporal_sae") or {}
+        architecture = spec["architecture"]
+        self.selection = architecture.removeprefix("temporal_sae_")
+        if self.selection not in ("standard", "topk", "jumprelu"):
+            raise ValueError(f"architecture {architecture} is none of standard, topk, jumprelu")
+        self.norm = spec.get("normalize_activations") or "none"
+        if self.norm not in ("none", "layer_norm", "constant_norm_rescale"):
+            raise ValueError(
+                f"normalize_activations {self.norm} needs a number that cfg.json does not hold: "
+                "fold it into the weights and save the SAE again")
+        if spec.get("reshape_activations", "none") not in ("none", None):
+            raise ValueError(f"reshape_activations {spec['reshape_activations']} is not supported")
+        d_in = spec["d_in"]
+        d_sae = spec["d_sae"]
+        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+        if self.selection == "jumprelu":
+            shapes["threshold"] = (d_sae,)
+        if ours.get("skip"):
+            shapes["W_skip"] = (d_in, d_in)
+        for name, shape in shapes.items():
+            if name not in tensors:
+                raise ValueError(f"the tensor {name} is missing")
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}")
+            setattr(self, name, tensors[name].float())
+        self.k = min(spec.get("k") or 100, d_sae)  # of topk: SAELens' default where it is absent
+        self.gelu = ours.get("nonlinearity") == "gelu"
+        self.scale = float(tensors.get("scale", 1.0))
+        self.skip = bool(ours.get("skip"))
+        self.input_bias = self.b_dec * bool(spec.get("apply_b_dec_to_input", True))
+        self.rescaled = bool(spec.get("rescale_acts_by_decoder_norm", False))
+
+    def to(self, device):
+        """Move all tensors; returns self."""
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.to(device))
+        return self
+
+    def normalise(self, x):
+        """x (..., d_in) -> (normalised x, scale, shift): x = normalised * scale + shift."""
+        if self.norm == "layer_norm":  # SAELens' formula: ddof 1, eps 1e-5 beside the deviation
+            mean = x.mean(-1, keepdim=True)
+            std = x.std(-1, keepdim=True)
+            return (x - mean) / (std + 1e-5), std, mean
+        if self.norm == "constant_norm_rescale":
+            size = x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+            return x / size, size, 0.0
+        return x, 1.0, 0.0
+
+    def encode(self, x):
+        """x (..., d_in) raw activations in float32 -> acts (..., d_sae)."""
+        x, _, _ = self.normalise(x)
+        pre = (x - self.input_bias) @ self.W_enc + self.b_enc
+        if self.rescaled:  # topk only: codes are measured as if decoder rows had unit norm
+            pre = pre * self.W_dec.norm(dim=1)
+        if self.gelu:  # not homogeneous, so it is taken at the scale it was trained at
+            acts = F.gelu(pre * self.scale) / self.scale
+        else:
+            acts = torch.relu(pre)
+        if self.selection == "jumprelu":
+            return acts * (pre > self.threshold)
+        if self.selection == "topk":
+            top = pre.topk(self.k, dim=-1).indices
+            return torch.zeros_like(acts).scatter(-1, top, acts.gather(-1, top))
+        return acts
+
+    def decode(self, acts, x):
+        """acts (..., d_sae) and the x that they encode -> x_hat (..., d_in)."""
+        x, scale, shift = self.normalise(x)
+        if self.rescaled:
+            acts = acts / self.W_dec.norm(dim=1)
+        x_hat = acts @ self.W_dec + self.b_dec
+        if self.skip:
+            x_hat = x_hat + (x - self.input_bias) @ self.W_skip
+        return x_hat * scale + shift
+
+
+def load_sae(folder, device="cpu"):
+    """The SAE in a folder with cfg.json and sae_weights.safetensors, ours or SAELens'.
+
+    ValueError, one sentence, for weights that are missing, damaged, not the ones that were trained
+    or of a kind that is not known here.
+    """
+    folder = Path(folder)
+    spec_file = folder / "cfg.json"
+    weights_file = folder / "sae_weights.safetensors"
+    for path in (spec_file, weights_file):
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} holds no weights ({path.name} is missing); git does not keep ours: "
+                "train the run again")
+    try:
+        spec = prepare.read_json(spec_file)
+        tensors = load_file(weights_file)
+        recorded = (spec.get("temporal_sae") or {}).get("sha256")
+        if recorded and tensor_hash(tensors) != recorded:
+            raise ValueError("they are not the ones that were trained: their SHA-256 differs")
+        return SAE(spec, tensors).to(device)
+    except KeyError as error:
+        raise ValueError(f"{folder}: cfg.json does not say {error}") from None
+    except (SafetensorError, ValueError, TypeError, AttributeError, OSError) as error:
+        reason = prepare.first_line(error)
+        raise ValueError(f"{folder}: the weights cannot be used ({reason})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of held-out text
+# --------------------------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
     """Token rows and what is known of each token."""
-    tokens: np.ndarray   # (N,T) int64, every row starts with BOS; None when activations were given instead of text
-    doc_id: np.ndarray   # (N,T) int32, a BOS belongs to the document it precedes
-    valid: np.ndarray    # (N,T) bool, False at bos/eos/pad
-    topics: list         # label of each doc_id, or None
+
+    tokens: np.ndarray  # (N,T) int64; None when activations were given instead of text
+    doc: np.ndarray  # (N,T) int32: 0 where a token is left out, else its document's number + 1
+    topics: dict  # document's number -> its label; empty where there are no labels
+
+    def cut(self, start, stop):
+        """The rows start..stop."""
+        tokens = None
+        if self.tokens is not None:
+            tokens = self.tokens[start:stop]
+        return Rows(tokens, self.doc[start:stop], self.topics)
 
 
 def read_rows(path):
-    """(N,T) token rows of the user's own, from a .npy that may hold integers only (no pickle)."""
+    """(N,T) token rows of the user's own, from a .npy file of integers (no pickle)."""
     try:
         tokens = np.load(path, allow_pickle=False)
-    except OSError as err:
-        raise ValueError(f"{path} cannot be read ({err.strerror or err})") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
     except (ValueError, EOFError):
-        raise ValueError(f"{path} is not a plain .npy file of integers (pickled objects are not read)") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"{path} must hold an int64 array (rows, context), not {getattr(tokens, 'dtype', type(tokens))} "
-                         f"of shape {getattr(tokens, 'shape', '?')}")
+        raise ValueError(
+            f"{path} is not a plain .npy file of integers (pickled objects are not read)") from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{path} is an archive, not one array (rows, context) of integers")
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path} must hold integers (rows, context), not {tokens.dtype} of {tokens.shape}")
     return tokens.astype(np.int64)
 
 
-def special_ids(tokenizer):
-    """bos, eos, pad ids, those that exist; the first one starts rows. Id 0 is a real one in Pythia: never test truth."""
-    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return [i for i in ids if i is not None]
-
-
-def check_tokens(tokens, config, tokenizer):
-    """Refuses rows that a model of this config would misread in silence: ids, context length and BOS."""
-    vocab = config.vocab_size
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+def check_tokens(tokens, vocab_size, bos):
+    """ValueError for rows that a model would misread in silence: their ids, their BOS."""
     if tokens.size == 0 or tokens.shape[1] < 2:
         raise ValueError(f"token rows of shape {tokens.shape} are too short to score")
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        raise ValueError(f"token ids run from {tokens.min()} to {tokens.max()}, the model's vocabulary from 0 to {vocab - 1}")
-    if longest and tokens.shape[1] > longest:
-        raise ValueError(f"rows of {tokens.shape[1]} tokens are longer than the model's context of {longest}")
-    bos = special_ids(tokenizer)[0]
-    if (tokens[:, 0] != bos).any():
-        row = int(np.flatnonzero(tokens[:, 0] != bos)[0])
-        raise ValueError(f"row {row} does not start with BOS (id {bos}): put it in place, scores without it mean nothing")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(
+            f"token ids run from {tokens.min()} to {tokens.max()}, the model's vocabulary "
+            f"from 0 to {vocab_size - 1}")
+    wrong = np.flatnonzero(tokens[:, 0] != bos)
+    if len(wrong):
+        raise ValueError(
+            f"row {wrong[0]} does not start with BOS (id {bos}): "
+            "put it in place, scores without it mean nothing")
 
 
-def token_text(tokenizer):
-    """id -> text of that token alone, with its leading space, which sentencepiece's decoder drops."""
-    def text(i):
-        decoded, piece = tokenizer.decode([i]), tokenizer.convert_ids_to_tokens([i])[0] or ""
-        return " " + decoded if piece.startswith("▁") and not decoded.startswith(" ") else decoded
-    return functools.cache(text)
+def rows_of_tokens(tokens, special):
+    """Rows from bare tokens: a document begins at each BOS and at each row's start; no topics.
 
-
-def label_tokens(tokens, tokenizer):
-    """Rows from bare tokens: a document begins at each BOS and at each row's start; no topics."""
-    special = special_ids(tokenizer)
-    starts = tokens == special[0]
+    special: (bos, all special ids).
+    """
+    bos, ids = special
+    starts = tokens == bos
     starts[:, 0] = True
-    doc_id = (np.cumsum(starts.ravel()) - 1).reshape(tokens.shape).astype(np.int32)
-    return Rows(tokens, doc_id, ~np.isin(tokens, special), None)
+    doc = np.cumsum(starts).reshape(tokens.shape)  # counts from 1
+    doc[np.isin(tokens, ids)] = 0
+    return Rows(tokens, doc.astype(np.int32), {})
 
 
-def segment_ids(doc_id, valid):
-    """(B,T) doc ids -> (B*T,) number of the segment each token lies in, -1 at special tokens; rows never share one."""
-    first = np.ones(doc_id.shape, bool)
-    first[:, 1:] = doc_id[:, 1:] != doc_id[:, :-1]
-    return np.where(valid.ravel(), np.cumsum(first.ravel()) - 1, -1)
+def segment_ids(doc):
+    """(B,T) doc -> (B*T,) the segment of each token, numbered as they begin; -1 where doc is 0.
+
+    >>> segment_ids(np.array([[0, 7, 0, 7, 3], [3, 3, 0, 0, 0]]))
+    array([-1,  0, -1,  0,  1,  2,  2, -1, -1, -1])
+    """
+    flat = doc.ravel().astype(np.int64)
+    valid = np.flatnonzero(flat > 0)
+    row = valid // doc.shape[1]
+    key = row * (flat.max() + 1) + flat[valid]
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    seg = np.full(flat.size, -1)
+    seg[valid] = np.argsort(np.argsort(first))[which]
+    return seg
+
+
+def tokens_of_segments(seg):
+    """(n,) segment ids -> list of the token indices of each segment, in order."""
+    valid = np.flatnonzero(seg >= 0)
+    valid = valid[np.argsort(seg[valid], kind="stable")]
+    sizes = np.bincount(seg[valid])
+    return np.split(valid, np.cumsum(sizes)[:-1])
+
+
+def pairs_at(seg, lag):
+    """(p,) left ends of the pairs (t, t + lag). Rows never share a segment, so none is crossed."""
+    return np.flatnonzero((seg[:-lag] == seg[lag:]) & (seg[lag:] >= 0))
 
 
 def permute_segments(seg, rng):
-    """(n,) index that shuffles the valid tokens inside each segment and leaves special tokens where they are."""
+    """(n,) index that shuffles the valid tokens of each segment and leaves the others in place."""
+    valid = np.flatnonzero(seg >= 0)
+    place = valid[np.argsort(seg[valid], kind="stable")]
+    source = valid[np.lexsort((rng.random(valid.size), seg[valid]))]
     index = np.arange(seg.size)
-    inside = np.flatnonzero(seg >= 0)  # already in order of segment, so sorting by (segment, noise) permutes within
-    index[inside] = inside[np.lexsort((rng.random(inside.size), seg[inside]))]
+    index[place] = source
     return index
 
 
-# ------------------------------------------------------------------------------------------------ fidelity and sparsity
+def label_text(label):
+    """A topic label as text. str, int and bool are labels; anything else, and "", is none."""
+    if isinstance(label, (str, int, np.integer, np.bool_)):
+        return str(label).strip()
+    return ""
+
+
+def token_topics(rows):
+    """-> (sorted names of the topics, (N*T,) index of each token's topic or -1)."""
+    documents, where = np.unique(rows.doc.ravel(), return_inverse=True)
+    labels = [label_text(rows.topics.get(number - 1)) for number in documents.tolist()]
+    if documents[0] == 0:  # tokens that are left out have no document
+        labels[0] = ""
+    names = sorted(set(labels) - {""})
+    number_of = {name: number for number, name in enumerate(names)}
+    index = np.array([number_of.get(label, -1) for label in labels])
+    return names, index[where]
+
+
+def without_uncategorized(names, topic):
+    """(n,) topics with the label that means "none" left out."""
+    none = [number for number, name in enumerate(names) if name.lower() == "uncategorized"]
+    return np.where(np.isin(topic, none), -1, topic)
+
+
+# --------------------------------------------------------------------------------------------------
+# The language model: its activations, and its behaviour with reconstructed ones
+# --------------------------------------------------------------------------------------------------
+
+
+class StopForward(Exception):
+    """Raised in a hook: what lies above the hooked block is not computed."""
+
+
+@contextlib.contextmanager
+def output_replaced(block, replace):
+    """While open, the residual output h (B,T,d_in) of a decoder block is replace(h)."""
+
+    def hook(module, inputs, output):
+        h = output
+        if isinstance(output, tuple):
+            h = output[0]
+        if not torch.is_tensor(h) or h.ndim != 3:
+            raise ValueError(f"the output of {type(block).__name__} is not (rows, tokens, d_in)")
+        if isinstance(output, tuple):
+            return (replace(h), *output[1:])
+        return replace(h)
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def residuals(lm, block, tokens):
+    """tokens (B,T) int64 -> (B,T,d_in) output of the block, in the model's dtype."""
+    kept = []
+
+    def keep(h):
+        kept.append(h)
+        raise StopForward
+
+    ids = torch.from_numpy(tokens).to(lm.device)
+    with output_replaced(block, keep), contextlib.suppress(StopForward):
+        lm(ids, use_cache=False)
+    return kept[0]
+
+
+def write_activations(path, lm, block, tokens, d_in, dtype):
+    """Write the activations (N,T,d_in) of all rows as one safetensors file, batch by batch.
+
+    The header is written by hand, so that memory does not grow with the number of rows.
+    """
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    shape = [*tokens.shape, d_in]
+    size = math.prod(shape) * dtype.itemsize
+    entry = {"dtype": kind, "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"acts": entry}).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(part):
+        with open(part, "wb") as file:
+            file.write(len(header).to_bytes(8, "little"))
+            file.write(header)
+            starts = range(0, len(tokens), BATCH_ROWS)
+            for start in tqdm(starts, desc="held-out activations", leave=False, disable=None):
+                x = residuals(lm, block, tokens[start:start + BATCH_ROWS])
+                x = x.to(dtype).cpu().contiguous()
+                file.write(x.view(torch.uint8).numpy().tobytes())
+
+    prepare.write_whole(path, write)
+
+
+def held_out_reader(cfg, lm, block, tokens, d_in, dtype):
+    """A function (start, stop) -> activations (n,T,d_in) of those rows.
+
+    They are read from a file under the cache, named by what they depend on and made when it is
+    missing. Beyond cfg's cache_gb nothing is kept and the model runs each time.
+    """
+    if tokens.size * d_in * dtype.itemsize > cfg["cache_gb"] * 1e9:
+        def from_model(start, stop):
+            return residuals(lm, block, tokens[start:stop])
+        return from_model
+    identity = {
+        "what": "held-out activations", "model": prepare.model_identity(cfg["model"]),
+        "dtype": str(dtype), "device": lm.device.type, "layer": cfg["layer"],
+        "tokens": prepare.sha256(tokens), "batch_rows": BATCH_ROWS}  # last bits depend on the batch
+    folder = prepare.cache_root(cfg["cache_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"heldout-{prepare.digest(identity)}.safetensors"
+    if not path.exists():
+        write_activations(path, lm, block, tokens, d_in, dtype)
+    stored = safe_open(path, framework="pt").get_slice("acts")
+
+    def from_file(start, stop):
+        return stored[start:stop]
+    return from_file
+
+
+@torch.inference_mode()
+def lm_behaviour(lm, block, saes, rows):
+    """CE (nats) and KL of the model with its residual clean, reconstructed and zeroed.
+
+    CE: mean over valid tokens t <= T-2 of -log p(token t+1). KL: mean over all valid t of
+    sum_v p_clean (log p_clean - log p_other). Tokens that are left out keep their activation in the
+    SAE runs; the ablation zeroes every position (SAEBench's protocol). The scores are ratios of
+    pooled means: 1 is as clean, 0 as ablated. -> one dict for each SAE.
+    """
+    names = ["clean", "ablation", *range(len(saes))]
+    ce = dict.fromkeys(names, 0.0)
+    kl = dict.fromkeys(names, 0.0)
+    step = max(1, LOGIT_TOKENS // rows.doc.shape[1])
+    starts = range(0, len(rows.doc), step)
+    for start in tqdm(starts, desc="language model", leave=False, disable=None):
+        ids = torch.from_numpy(rows.tokens[start:start + step]).to(lm.device)
+        valid = torch.from_numpy(rows.doc[start:start + step] > 0).to(lm.device)
+        edits = {"clean": torch.clone, "ablation": torch.zeros_like}
+        for number, sae in enumerate(saes):
+            edits[number] = reconstruction(sae, valid)
+        for name in names:
+            with output_replaced(block, edits[name]):
+                logp = lm(ids, use_cache=False).logits.float().log_softmax(-1)
+            next_logp = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+            ce[name] -= next_logp[valid[:, :-1]].cpu().double().sum().item()
+            if name == "clean":
+                clean = logp
+                p = logp.exp()
+            else:
+                divergence = (clean - logp).mul_(p).sum(-1)
+                kl[name] += divergence[valid].cpu().double().sum().item()
+    n_ce = int((rows.doc[:, :-1] > 0).sum())
+    n_kl = int((rows.doc > 0).sum())
+    ce = {name: ratio(value, n_ce) for name, value in ce.items()}
+    kl = {name: ratio(value, n_kl) for name, value in kl.items()}
+    return [behaviour_scores(ce, kl, number) for number in range(len(saes))]
+
+
+def reconstruction(sae, valid):
+    """A function that replaces h (B,T,d_in) by its reconstruction where valid (B,T) is True."""
+
+    def replace(h):
+        x = h.float()
+        x_hat = sae.decode(sae.encode(x), x).to(h.dtype)
+        return torch.where(valid[..., None], x_hat, h)
+    return replace
+
+
+def behaviour_scores(ce, kl, name):
+    """SAEBench's names for one SAE, from the mean CE and KL of each kind of run."""
+    return {
+        "kl_div_score": ratio(kl["ablation"] - kl[name], kl["ablation"]),
+        "kl_div_with_ablation": kl["ablation"],
+        "kl_div_with_sae": kl[name],
+        "ce_loss_score": ratio(ce["ablation"] - ce[name], ce["ablation"] - ce["clean"]),
+        "ce_loss_with_ablation": ce["ablation"],
+        "ce_loss_with_sae": ce[name],
+        "ce_loss_without_sae": ce["clean"]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Fidelity and sparsity
+# --------------------------------------------------------------------------------------------------
 
 
 class Fidelity:
-    """Reconstruction and sparsity sums of one SAE, both as we mean them and as SAEBench 0.6.0 computes them.
+    """Sums for reconstruction and sparsity of one SAE, as we mean them and as SAEBench 0.6.0 does.
 
-    SAEBench's batch-wise quantities need batches of BATCH_ROWS rows. Both kinds are computed from the same float64 sums.
+    SAEBench's batch-wise quantities need batches of BATCH_ROWS rows.
     """
 
     def __init__(self, W_dec):
         d_sae, d_in = W_dec.shape
-        self.unit = W_dec.double().norm(dim=1).cpu().numpy()   # (d_sae,) codes are measured with decoder rows at unit norm
-        self.tokens = self.batches = 0
+        self.unit = W_dec.cpu().double().norm(dim=1).numpy()  # decoder rows count at unit norm
+        self.tokens = 0
+        self.batches = 0
         self.x_sum = torch.zeros(d_in, dtype=torch.float64)
-        self.sums = dict.fromkeys(("rr", "xx", "yy", "xy", "cos", "norm_in", "norm_out", "norm_ratio", "legacy"), 0.0)
-        self.batch_sums = dict.fromkeys(("mse", "bias", "rr", "xx"), 0.0)   # means over batches come from these
-        self.fires, self.positive, self.rows_fired = (np.zeros(d_sae, np.int64) for _ in range(3))
-        self.total, self.absolute = np.zeros(d_sae), np.zeros(d_sae)
+        self.sums = {}  # over tokens
+        self.batch_sums = {}  # over batches
+        self.fires = np.zeros(d_sae, np.int64)  # tokens with f != 0
+        self.positive = np.zeros(d_sae, np.int64)  # tokens with f > 0: differs for GELU only
+        self.rows_fired = np.zeros(d_sae, np.int64)  # rows with f > 0
+        self.total = np.zeros(d_sae)
+        self.absolute = np.zeros(d_sae)
 
     def update(self, x, x_hat, codes, row_of_token):
-        """x, x_hat (n,d_in) at the n valid tokens; codes csr (B*T,d_sae), empty at special tokens; row_of_token (B*T,)."""
-        x, y = x.double().cpu(), x_hat.double().cpu()
-        n = len(x)
-        rr, xx, yy, xy = (x - y).square().sum(1), (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
-        norm_in, norm_out = xx.sqrt(), yy.sqrt()
-        legacy = 1 - rr / (x - x.mean(0)).square().sum(1)
-        # a zero vector has no direction: its cosine counts as 0 (not NaN); sqrt(a*a) == a, so x_hat = x gives exactly 1
+        """x, x_hat (n,d_in) at the n valid tokens; codes csr (B*T,d_sae), empty at the others."""
+        x = x.cpu().double()
+        y = x_hat.cpu().double()
+        rr = (x - y).square().sum(1)
+        xx = (x * x).sum(1)
+        yy = (y * y).sum(1)
+        xy = (x * y).sum(1)
+        norm_in = xx.sqrt()
+        norm_out = yy.sqrt()
+        # a zero vector has no direction, its cosine counts as 0; x_hat = x gives exactly 1
         cos = torch.where(xx * yy > 0, xy / (xx * yy).sqrt(), 0.0)
-        norm_ratio = norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in)
-        for name, value in (("rr", rr), ("xx", xx), ("yy", yy), ("xy", xy), ("cos", cos), ("norm_in", norm_in),
-                            ("norm_out", norm_out), ("norm_ratio", norm_ratio), ("legacy", legacy)):
-            self.sums[name] += value.sum().item()
-        self.batch_sums["mse"] += rr.sum().item() / n   # sum over tokens of |r|^2 / n_b: theirs, shrinks with batch size
-        self.batch_sums["bias"] += ratio(yy.mean(), xy.mean())
-        self.batch_sums["rr"] += rr.mean().item()
-        self.batch_sums["xx"] += xx.mean().item()
+        by_token = {
+            "rr": rr, "xx": xx, "yy": yy, "xy": xy, "cos": cos,
+            "norm_in": norm_in, "norm_out": norm_out,
+            "norm_ratio": norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in),
+            "legacy": 1 - rr / (x - x.mean(0)).square().sum(1)}
+        for name, value in by_token.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.sum().item()
+        by_batch = {
+            "mse": rr.mean().item(), "bias": ratio(yy.mean(), xy.mean()), "xx": xx.mean().item()}
+        for name, value in by_batch.items():
+            self.batch_sums[name] = self.batch_sums.get(name, 0.0) + value
         self.x_sum += x.sum(0)
-        self.tokens, self.batches = self.tokens + n, self.batches + 1
+        self.tokens += len(x)
+        self.batches += 1
+        self.count_codes(codes, row_of_token)
 
-        d_sae, latent = codes.shape[1], codes.indices
+    def count_codes(self, codes, row_of_token):
+        """Add up how often and how strongly each latent fires."""
+        d_sae = codes.shape[1]
+        latent = codes.indices
         row = np.repeat(row_of_token, np.diff(codes.indptr))
-        up = codes.data > 0   # SAEBench counts f > 0 in its densities and f != 0 in its l0; they differ for GELU only
+        up = codes.data > 0
         fired = np.zeros((row_of_token.max() + 1, d_sae), bool)
         fired[row[up], latent[up]] = True
         self.fires += np.bincount(latent, minlength=d_sae)
@@ -257,207 +632,257 @@ class Fidelity:
 
     @property
     def mass(self):
-        """(d_sae,) total activation of each latent, sum |f| with its decoder row at unit norm."""
+        """(d_sae,) total activation of each latent, with its decoder row at unit norm."""
         return self.absolute * self.unit
 
     def ours(self):
-        """The values as we mean them. explained_variance: predicting the mean gives 0, predicting x gives 1."""
-        n, d, s = self.tokens, len(self.x_sum), self.sums
-        variance = s["xx"] - self.x_sum.square().sum().item() / n   # sum |x - mean|^2
-        variance = 0 if variance < 1e-12 * s["xx"] else variance    # rounding error of activations that never change
-        return {"explained_variance": 1 - ratio(s["rr"], variance), "mse": s["rr"] / (n * d), "cossim": s["cos"] / n,
-                "l2_ratio": s["norm_ratio"] / n, "relative_reconstruction_bias": ratio(s["yy"], s["xy"]),
-                "l0": self.fires.sum() / n, "l1": self.mass.sum() / n, "frac_alive": (self.fires > 0).mean()}
+        """The values as we mean them. explained_variance: predicting the mean gives 0, x gives 1."""
+        n = self.tokens
+        s = self.sums
+        variance = s["xx"] - self.x_sum.square().sum().item() / n  # sum of |x - mean|^2
+        if variance < 1e-12 * s["xx"]:  # rounding error of activations that never change
+            variance = 0
+        return {
+            "explained_variance": 1 - ratio(s["rr"], variance),
+            "mse": s["rr"] / (n * len(self.x_sum)),
+            "cossim": s["cos"] / n,
+            "l2_ratio": s["norm_ratio"] / n,
+            "relative_reconstruction_bias": ratio(s["yy"], s["xy"]),
+            "l0": self.fires.sum() / n,
+            "l1": self.mass.sum() / n,
+            "frac_alive": (self.fires > 0).mean()}
 
     def saebench(self):
-        """SAEBench 0.6.0's categories, its faults included: Q - (Q/d)^2 is no variance, legacy averages ratios of tokens."""
-        n, s, b = self.tokens, self.sums, {k: v / self.batches for k, v in self.batch_sums.items()}
-        q = b["xx"]
-        return {"reconstruction_quality": {"explained_variance": 1 - ratio(b["rr"], q - (q / len(self.x_sum)) ** 2),
-                                           "explained_variance_legacy": s["legacy"] / n,
-                                           "mse": self.batch_sums["mse"] / n, "cossim": s["cos"] / n},
-                "shrinkage": {"l2_norm_in": s["norm_in"] / n, "l2_norm_out": s["norm_out"] / n,
-                              "l2_ratio": s["norm_ratio"] / n, "relative_reconstruction_bias": b["bias"]},
-                "sparsity": {"l0": self.fires.sum() / n, "l1": self.total.sum() / n}}
+        """SAEBench 0.6.0's values, its faults included.
+
+        Its explained_variance divides by Q - (Q/d)^2, which is no variance; its mse divides each
+        batch by its size once too often; legacy averages ratios of single tokens.
+        """
+        n = self.tokens
+        s = self.sums
+        power = self.batch_sums["xx"] / self.batches
+        residual = self.batch_sums["mse"] / self.batches
+        faulty = power - (power / len(self.x_sum)) ** 2
+        quality = {
+            "explained_variance": 1 - ratio(residual, faulty),
+            "explained_variance_legacy": s["legacy"] / n,
+            "mse": self.batch_sums["mse"] / n,
+            "cossim": s["cos"] / n}
+        shrinkage = {
+            "l2_norm_in": s["norm_in"] / n,
+            "l2_norm_out": s["norm_out"] / n,
+            "l2_ratio": s["norm_ratio"] / n,
+            "relative_reconstruction_bias": self.batch_sums["bias"] / self.batches}
+        sparsity = {"l0": self.fires.sum() / n, "l1": self.total.sum() / n}
+        return {"reconstruction_quality": quality, "shrinkage": shrinkage, "sparsity": sparsity}
 
 
-# ------------------------------------------------------------------------------------------------ behaviour of the LM
-
-
-@contextlib.contextmanager
-def output_replaced(block, fn):
-    """While open, the block's residual output h (B,T,d_in) is fn(h)."""
-    handle = block.register_forward_hook(
-        lambda module, args, out: (fn(out[0]), *out[1:]) if isinstance(out, tuple) else fn(out))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.inference_mode()
-def lm_behaviour(model, block, saes, tokens, valid):
-    """CE (nats) and KL of the model with its residual clean, reconstructed by each SAE, and zeroed. -> dict per SAE.
-
-    CE: mean over valid context tokens t <= T-2 of -log p(token t+1). KL: mean over all valid t of
-    sum_v p_clean (log p_clean - log p_other). Special positions keep their activation in the SAE runs; the ablation
-    zeroes every position (SAEBench's protocol). Scores are ratios of the pooled means: 1 = as clean, 0 = as ablated.
-    """
-    device = next(model.parameters()).device
-    names = ["clean", "ablation"] + [f"sae{i}" for i in range(len(saes))]
-    ce, kl = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    step = max(1, LOGIT_TOKENS // tokens.shape[1])
-    for start in tqdm(range(0, len(tokens), step), desc="language model", leave=False, disable=None):
-        ids, keep = (torch.from_numpy(a[start:start + step]).to(device) for a in (tokens, valid))
-
-        def reconstruct(sae):
-            return lambda h: torch.where(keep[..., None], sae.decode(*sae.encode(h.float())).to(h.dtype), h)
-
-        edits = {"clean": lambda h: h, "ablation": torch.zeros_like}
-        edits |= {f"sae{i}": reconstruct(sae) for i, sae in enumerate(saes)}
-        for name in names:
-            with output_replaced(block, edits[name]):
-                logp = model(ids, use_cache=False).logits.float().log_softmax(-1)
-            if name == "clean":
-                clean, p = logp, logp.exp()
-            next_token = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-            ce[name] -= next_token[keep[:, :-1]].double().sum().item()
-            if name != "clean":
-                kl[name] += (clean - logp).mul_(p).sum(-1)[keep].double().sum().item()
-    n_ce, n_kl = int(valid[:, :-1].sum()), int(valid.sum())
-    ce, kl = {k: ratio(v, n_ce) for k, v in ce.items()}, {k: ratio(v, n_kl) for k, v in kl.items()}
-    return [{"kl_div_score": ratio(kl["ablation"] - kl[s], kl["ablation"]), "kl_div_with_ablation": kl["ablation"],
-             "kl_div_with_sae": kl[s], "ce_loss_score": ratio(ce["ablation"] - ce[s], ce["ablation"] - ce["clean"]),
-             "ce_loss_with_ablation": ce["ablation"], "ce_loss_with_sae": ce[s], "ce_loss_without_sae": ce["clean"]}
-            for s in names[2:]]
-
-
-# ------------------------------------------------------------------------------------------------ SAEBench's core.json
+# --------------------------------------------------------------------------------------------------
+# SAEBench's core.json
+# --------------------------------------------------------------------------------------------------
 
 
 def max_cosine(W):
-    """(n,d) rows -> (n,) largest cosine of each row with any other row, a block of rows at a time."""
+    """(n,d) rows -> (n,) largest cosine of each row with any other, a block of rows at a time."""
     W = F.normalize(W.float(), dim=1)
     best = []
     for start in range(0, len(W), 1024):
         cos = W[start:start + 1024] @ W.T
-        cos[torch.arange(len(cos)), torch.arange(start, start + len(cos))] = -torch.inf
+        own = torch.arange(len(cos), device=W.device)
+        cos[own, own + start] = -torch.inf
         best.append(cos.amax(1))
-    return torch.cat(best)
+    return torch.cat(best).cpu()
 
 
 def feature_rows(sae, fidelity):
-    """One dict a latent, SAEBench's feature-wise metrics. A latent that never fires has 0 tokens a row, not NaN."""
-    W_enc, W_dec = sae.W_enc.detach().float().T.cpu(), sae.W_dec.detach().float().cpu()   # both (d_sae,d_in)
+    """SAEBench's feature-wise metrics, one dict for each latent, computed on the SAE's device.
+
+    A latent that never fires has 0 tokens in a row, not NaN.
+    """
+    W_enc = sae.W_enc.T  # (d_sae,d_in), as W_dec
+    W_dec = sae.W_dec
+    cosine = (F.normalize(W_enc, dim=1) * F.normalize(W_dec, dim=1)).sum(1)
+    tokens_a_row = fidelity.positive / np.maximum(fidelity.rows_fired, 1)
     columns = {
         "feature_density": fidelity.positive / fidelity.tokens,
-        "consistent_activation_heuristic": fidelity.positive / np.maximum(fidelity.rows_fired, 1),
-        "encoder_bias": sae.b_enc.detach().float().cpu().numpy(),
-        "encoder_norm": W_enc.norm(dim=1).numpy(),
-        "encoder_decoder_cosine_sim": (F.normalize(W_enc, dim=1) * F.normalize(W_dec, dim=1)).sum(1).numpy(),
+        "consistent_activation_heuristic": tokens_a_row,
+        "encoder_bias": sae.b_enc.cpu().numpy(),
+        "encoder_norm": W_enc.norm(dim=1).cpu().numpy(),
+        "encoder_decoder_cosine_sim": cosine.cpu().numpy(),
         "max_decoder_cosine_sim": max_cosine(W_dec).numpy(),
         "max_encoder_cosine_sim": max_cosine(W_enc).numpy()}
-    values = zip(*(plain(column, 7) for column in columns.values()))
-    return [{"index": i, **dict(zip(columns, v))} for i, v in enumerate(values)]
+    by_latent = zip(*(plain(column, 7) for column in columns.values()))
+    return [{"index": i, **dict(zip(columns, values))} for i, values in enumerate(by_latent)]
 
 
-def misc_metrics(rows):
+def misc_metrics(features):
     """SAEBench's summary of the feature-wise rows; normalized_* is the share of all firings."""
-    density = np.array([r["feature_density"] for r in rows])
+    density = np.array([row["feature_density"] for row in features])
     out = {"frac_alive": (density > 0).mean()}
     for percent in (1, 10):
-        out[f"freq_over_{percent}_percent"] = (density > percent / 100).mean()
-        out[f"normalized_freq_over_{percent}_percent"] = ratio(density[density > percent / 100].sum(), density.sum() or 1)
+        frequent = density > percent / 100
+        share = 0.0
+        if density.any():
+            share = density[frequent].sum() / density.sum()
+        out[f"freq_over_{percent}_percent"] = frequent.mean()
+        out[f"normalized_freq_over_{percent}_percent"] = share
     for side in ("encoder", "decoder"):
-        cosines = [r[f"max_{side}_cosine_sim"] for r in rows]
-        out[f"average_max_{side}_cosine_sim"] = math.nan if None in cosines else np.mean(cosines)
+        cosines = [row[f"max_{side}_cosine_sim"] for row in features]
+        out[f"average_max_{side}_cosine_sim"] = math.nan
+        if None not in cosines:
+            out[f"average_max_{side}_cosine_sim"] = np.mean(cosines)
     return out
 
 
-def core_json(cfg, seed_dir, sae, fidelity, behaviour, counts, hashes, dataset, dtype, notes):
-    """SAEBench's core result for one seed; values whose released formula is faulty stand corrected under "ours"."""
-    features = feature_rows(sae, fidelity)
-    lm = behaviour or dict.fromkeys(("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae", "ce_loss_score",
-                                     "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"))
-    tokens = {"total_tokens_eval_reconstruction": counts["reconstruction_rows"] * counts["context"],
-              "total_tokens_eval_sparsity_variance": counts["rows"] * counts["context"]}   # special tokens included
-    metrics = {"model_behavior_preservation": {k: v for k, v in lm.items() if k.startswith("kl")},
-               "model_performance_preservation": {k: v for k, v in lm.items() if k.startswith("ce")},
-               **fidelity.saebench(), "token_stats": tokens, "misc_metrics": misc_metrics(features)}
-    ours = fidelity.ours() | {"ce_loss_score": lm["ce_loss_score"], "kl_div_score": lm["kl_div_score"]}
-    flags = ("compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics", "compute_variance_metrics",
-             "compute_featurewise_density_statistics", "compute_featurewise_weight_based_metrics",
-             "exclude_special_tokens_from_reconstruction")
-    config = {"model_name": str(cfg.model), "llm_dtype": dtype, "batch_size_prompts": BATCH_ROWS,
-              "n_eval_reconstruction_batches": math.ceil(counts["reconstruction_rows"] / BATCH_ROWS),
-              "n_eval_sparsity_variance_batches": math.ceil(counts["rows"] / BATCH_ROWS),
-              "dataset": dataset, "context_size": counts["context"], **dict.fromkeys(flags, True), "verbose": False}
-    cfg_file = seed_dir / "cfg.json"
+def core_config(record):
+    """SAEBench's eval_config: what was evaluated and which parts of it."""
+    counts = record["counts"]
+    flags = (
+        "compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics",
+        "compute_variance_metrics", "compute_featurewise_density_statistics",
+        "compute_featurewise_weight_based_metrics", "exclude_special_tokens_from_reconstruction")
+    return {
+        "model_name": record["scored_on"]["model"],
+        "llm_dtype": record["scored_on"]["dtype"],
+        "batch_size_prompts": BATCH_ROWS,
+        "n_eval_reconstruction_batches": math.ceil(counts["reconstruction_rows"] / BATCH_ROWS),
+        "n_eval_sparsity_variance_batches": math.ceil(counts["rows"] / BATCH_ROWS),
+        "dataset": record["scored_on"]["dataset"],
+        "context_size": counts["context"],
+        **dict.fromkeys(flags, True),
+        "verbose": False}
+
+
+BEHAVIOUR_KEYS = (
+    "kl_div_score", "kl_div_with_ablation", "kl_div_with_sae",
+    "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae")
+
+
+def core_json(scorer, behaviour, record):
+    """SAEBench's core result of one seed; our own values stand under eval_result_unstructured.
+
+    record: what every file of this seed says of how it was made: scored_on, counts, hashes, notes.
+    """
+    fidelity = scorer.fidelity
+    counts = record["counts"]
+    features = feature_rows(scorer.sae, fidelity)
+    if behaviour is None:
+        behaviour = dict.fromkeys(BEHAVIOUR_KEYS)
+    special_included = {
+        "total_tokens_eval_reconstruction": counts["reconstruction_rows"] * counts["context"],
+        "total_tokens_eval_sparsity_variance": counts["rows"] * counts["context"]}
+    kl = {name: value for name, value in behaviour.items() if name.startswith("kl")}
+    ce = {name: value for name, value in behaviour.items() if name.startswith("ce")}
+    metrics = {
+        "model_behavior_preservation": kl, "model_performance_preservation": ce,
+        **fidelity.saebench(), "token_stats": special_included,
+        "misc_metrics": misc_metrics(features)}
+    metrics = plain(metrics)
+    ours = fidelity.ours()
+    ours["ce_loss_score"] = behaviour["ce_loss_score"]
+    ours["kl_div_score"] = behaviour["kl_div_score"]
+    notes = dict(record["notes"])
+    if has_null(metrics) and "ce_loss_score, kl_div_score" not in notes:
+        notes["eval_result_metrics"] = (
+            "null is 0/0: activations that do not vary, or an all-zero reconstruction")
+    scored_on = record["scored_on"]
+    identity = json.dumps([record["hashes"], scored_on, counts], sort_keys=True)
     return plain({
-        "eval_type_id": "core", "eval_config": config,
-        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([hashes, dtype, counts], sort_keys=True))),
-        "datetime_epoch_millis": int(time.time() * 1000), "eval_result_metrics": metrics, "eval_result_details": features,
-        "sae_bench_commit_hash": f"none: computed by evaluate.py {SOURCE_SHA256[:12]}", "sae_lens_id": "custom_sae",
-        "sae_lens_release_id": f"{cfg.model}_layer_{cfg.layer}", "sae_lens_version": None,
-        "sae_cfg_dict": read_json(cfg_file) if cfg_file.exists() else None,
-        "eval_result_unstructured": {"ours": ours, "counts": counts, "hashes": hashes, "notes": notes}})
+        "eval_type_id": "core",
+        "eval_config": core_config(record),
+        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": metrics,
+        "eval_result_details": features,
+        "sae_bench_commit_hash": f"none: computed by evaluate.py {SOURCE_SHA256[:12]}",
+        "sae_lens_id": "custom_sae",
+        "sae_lens_release_id": f"{scored_on['model']}_layer_{scored_on['layer']}",
+        "sae_lens_version": None,
+        "sae_cfg_dict": scorer.sae.spec,
+        "eval_result_unstructured": {"ours": ours, **record, "notes": notes}})
 
 
-# ------------------------------------------------------------------------------------------------ consistency by lag
+# --------------------------------------------------------------------------------------------------
+# Consistency along the text: streamed sums over pairs of tokens
+# --------------------------------------------------------------------------------------------------
 
 
 def pearson(product, left, right, left2, right2, pairs):
-    """Correlation from sums over pairs; NaN where a side does not vary. `pairs` is (L,), the sums (L,d)."""
-    n = np.maximum(pairs, 1)[:, None]
-    cov, var_l, var_r = product / n - left * right / n**2, left2 / n - (left / n) ** 2, right2 / n - (right / n) ** 2
-    # below 1e-9 of the second moment a variance is rounding error of a constant
-    varies = (var_l > 1e-9 * left2 / n) & (var_r > 1e-9 * right2 / n) & (pairs[:, None] > 1)
-    return np.where(varies, cov / np.sqrt(np.where(varies, var_l * var_r, 1)), np.nan)
+    """Correlation from sums over pairs: of f g, f, g, f^2, g^2, each (..., d); pairs (...).
+
+    NaN where a side does not vary: below 1e-9 of the second moment a variance is rounding error.
+    """
+    n = np.maximum(pairs, 1)[..., None]
+    cov = product / n - left * right / n**2
+    var_left = left2 / n - (left / n) ** 2
+    var_right = right2 / n - (right / n) ** 2
+    varies = (var_left > 1e-9 * left2 / n) & (var_right > 1e-9 * right2 / n)
+    varies &= pairs[..., None] > 1
+    scale = np.sqrt(np.where(varies, var_left * var_right, 1))
+    return np.where(varies, cov / scale, np.nan)
 
 
 class LagSums:
-    """Streaming sums over pairs (t, t+lag) for every column of a (tokens, d) matrix: codes, permuted codes, or raw x."""
+    """Sums over pairs (t, t + lag) for each column of a (tokens, d) matrix.
+
+    The columns are codes, codes permuted inside their segments, or raw activations.
+    """
 
     def __init__(self, d, lags, context):
-        self.lags, self.pairs = lags, np.zeros(len(lags))
-        # f_l f_r, f_l, f_r, f_l^2, f_r^2 for each lag and column; `within` after removal of each segment's own mean
-        self.pooled, self.within = np.zeros((5, len(lags), d)), np.zeros((5, len(lags), d))
-        self.on_left, self.on_both = np.zeros((len(lags), d)), np.zeros((len(lags), d))
-        self.tokens, self.squares = 0, np.zeros(d)
-        self.by_position, self.position_tokens = np.zeros((context, d)), np.zeros(context)
+        self.lags = lags
+        self.context = context
+        self.pairs = np.zeros(len(lags))
+        # sums of f_l f_r, f_l, f_r, f_l^2, f_r^2, for each lag and column
+        self.pooled = np.zeros((5, len(lags), d))
+        self.within = np.zeros((5, len(lags), d))  # the same without each segment's own mean
+        self.on_left = np.zeros((len(lags), d))
+        self.on_both = np.zeros((len(lags), d))
+        self.tokens = 0
+        self.squares = np.zeros(d)
+        self.by_position = np.zeros((context, d))
+        self.position_tokens = np.zeros(context)
 
     def update(self, codes, seg):
-        """codes: csr (n,d) of whole rows, empty at special tokens; seg (n,) from segment_ids."""
-        d, context = codes.shape[1], len(self.position_tokens)
-        valid, n_seg = np.flatnonzero(seg >= 0), seg.max() + 1
-        at = sparse.csr_matrix((np.ones(valid.size), (valid % context, valid)), shape=(context, seg.size))
-        self.by_position += (at @ codes).toarray()
-        self.position_tokens += np.bincount(valid % context, minlength=context)
-        self.squares += np.bincount(codes.indices, codes.data**2, d)
+        """codes: csr (n,d) of whole rows, empty at tokens left out; seg (n,) from segment_ids."""
+        valid = np.flatnonzero(seg >= 0)
+        position = valid % self.context
+        self.by_position += sums_by(codes, valid, position, self.context)
+        self.position_tokens += np.bincount(position, minlength=self.context)
+        self.squares += np.bincount(codes.indices, codes.data**2, codes.shape[1])
         self.tokens += valid.size
-
-        def by_segment(index):   # (n_seg,d) sums over the tokens in `index`, added up by their segment
-            pick = sparse.csr_matrix((np.ones(index.size), (seg[index], index)), shape=(n_seg, seg.size))
-            return (pick @ codes).toarray()
-
-        mean = by_segment(valid) / np.maximum(np.bincount(seg[valid], minlength=n_seg), 1)[:, None]
+        n_seg = seg.max() + 1
+        size = np.bincount(seg[valid], minlength=n_seg)
+        mean = sums_by(codes, valid, seg[valid], n_seg) / np.maximum(size, 1)[:, None]
         for k, lag in enumerate(self.lags):
-            left = np.flatnonzero((seg[:-lag] == seg[lag:]) & (seg[lag:] >= 0))
-            if not left.size:
-                continue
-            f_l, f_r = codes[left], codes[left + lag]
-            both = f_l.multiply(f_r).tocsr()
-            A, B, c = by_segment(left), by_segment(left + lag), np.bincount(seg[left], minlength=n_seg)[:, None]
-            product, l2, r2 = (np.bincount(m.indices, v, d) for m, v in
-                               ((both, both.data), (f_l, f_l.data**2), (f_r, f_r.data**2)))
-            # sum (f_l - m)(f_r - m) = sum f_l f_r - m (A + B) + c m^2, segment by segment: f - m is never built
-            cm, cm2 = (c * mean).sum(0), (c * mean**2).sum(0)
-            self.pooled[:, k] += product, A.sum(0), B.sum(0), l2, r2
-            self.within[:, k] += (product - (mean * (A + B)).sum(0) + cm2, A.sum(0) - cm, B.sum(0) - cm,
-                                  l2 - 2 * (mean * A).sum(0) + cm2, r2 - 2 * (mean * B).sum(0) + cm2)
-            self.on_left[k] += np.bincount(f_l.indices, minlength=d)
-            self.on_both[k] += np.bincount(both.indices, minlength=d)
-            self.pairs[k] += left.size
+            left = pairs_at(seg, lag)
+            if left.size:
+                self.add_pairs(k, codes, left, left + lag, seg[left], mean)
+
+    def add_pairs(self, k, codes, left, right, seg, mean):
+        """Add the pairs (left, right) of lag number k; seg: their segments, mean (n_seg,d)."""
+        d = codes.shape[1]
+        f_left = codes[left]
+        f_right = codes[right]
+        both = f_left.multiply(f_right).tocsr()
+        product = np.bincount(both.indices, both.data, d)
+        left2 = np.bincount(f_left.indices, f_left.data**2, d)
+        right2 = np.bincount(f_right.indices, f_right.data**2, d)
+        n_seg = len(mean)
+        A = sums_by(codes, left, seg, n_seg)
+        B = sums_by(codes, right, seg, n_seg)
+        count = np.bincount(seg, minlength=n_seg)[:, None]
+        self.pooled[:, k] += [product, A.sum(0), B.sum(0), left2, right2]
+        # sum (f_l - m)(f_r - m) = sum f_l f_r - m (A + B) + c m^2: f - m is never built
+        cm = (count * mean).sum(0)
+        cm2 = (count * mean**2).sum(0)
+        self.within[0, k] += product - (mean * (A + B)).sum(0) + cm2
+        self.within[1, k] += A.sum(0) - cm
+        self.within[2, k] += B.sum(0) - cm
+        self.within[3, k] += left2 - 2 * (mean * A).sum(0) + cm2
+        self.within[4, k] += right2 - 2 * (mean * B).sum(0) + cm2
+        self.on_left[k] += np.bincount(f_left.indices, minlength=d)
+        self.on_both[k] += np.bincount(both.indices, minlength=d)
+        self.pairs[k] += left.size
 
     @property
     def mean(self):
@@ -474,168 +899,255 @@ class LagSums:
         return pearson(*self.pooled, self.pairs)
 
     def autocorr_within(self):
-        """(L,d) the same after each segment's own mean is removed; biased by about -1/length, as its null shows."""
-        # a column constant inside every segment leaves rounding error only: compare with what was there before
+        """(L,d) the same without each segment's own mean; biased by about -1/length."""
+        # a column constant inside every segment leaves rounding error only
         flat = self.within[3:].min(0) <= 1e-9 * self.pooled[3:].max(0)
         return np.where(flat, np.nan, pearson(*self.within, self.pairs))
 
     def persistence(self):
         """(L,d) P(on at t+lag | on at t)."""
-        return np.divide(self.on_both, self.on_left, out=np.full(self.on_both.shape, np.nan), where=self.on_left > 0)
+        undefined = np.full(self.on_both.shape, np.nan)
+        return np.divide(self.on_both, self.on_left, out=undefined, where=self.on_left > 0)
 
     def kappa(self, fires):
         """(L,d) persistence beyond chance, (P - p) / (1 - p) with p the firing rate."""
         p = fires / self.tokens
-        return np.where(p < 1, (self.persistence() - p) / np.where(p < 1, 1 - p, 1), np.nan)
+        rest = np.where(p < 1, 1 - p, np.nan)
+        return (self.persistence() - p) / rest
 
     def span(self, fires):
-        """(d,) mean run length in tokens: firings / runs, and a run starts wherever the token before was not on too."""
+        """(d,) mean run length in tokens: firings / runs; a run starts where none goes on."""
         runs = fires - self.on_both[0]
         return np.divide(fires, runs, out=np.full(len(runs), np.nan), where=runs > 0)
 
     def eta2(self):
-        """(d,) share of a column's variance explained by the position in the row."""
-        n, seen = self.position_tokens[:, None], self.position_tokens > 0
-        between = (n[seen] * (self.by_position[seen] / n[seen] - self.mean) ** 2).sum(0) / self.tokens
+        """(d,) share of a column's variance that the position in the row explains."""
+        seen = self.position_tokens > 0
+        n = self.position_tokens[seen, None]
+        difference = self.by_position[seen] / n - self.mean
+        between = (n * difference**2).sum(0) / self.tokens
         varies = self.variance > 1e-9 * self.squares / self.tokens
         return np.where(varies, between / np.where(varies, self.variance, 1), np.nan)
 
 
-class Neighbours:
-    """Streaming Jaccard overlap of the supports, and smoothness S, of neighbouring tokens, by group of latents."""
+def sums_by(codes, tokens, label, n):
+    """(n,d) sums of codes (csr) over `tokens`, added up by their label (0..n-1)."""
+    shape = (n, codes.shape[0])
+    pick = sparse.csr_matrix((np.ones(tokens.size), (label, tokens)), shape=shape)
+    return (pick @ codes).toarray()
 
-    def __init__(self, n_high):
-        self.n_high = n_high
-        self.jaccard, self.smoothness = np.zeros((2, 3)), np.zeros((2, 3))   # (sum, count) for whole, high, low
+
+class Neighbours:
+    """Sums over neighbouring tokens and rows, by group: Jaccard, S, S_sum, latents in a row."""
+
+    def __init__(self, n_lead):
+        self.n_lead = n_lead
+        # (sum, count) for whole, lead, rest
+        self.jaccard = np.zeros((2, 3))
+        self.smoothness = np.zeros((2, 3))
+        self.roughness = np.zeros((2, 3))
+        self.latents = np.zeros((2, 3))
 
     def count(self, matrix):
-        """(n,d) csr -> (3,n) entries of each row in whole, high, low."""
+        """(n,d) csr -> (3,n) entries of each line in whole, lead, rest."""
         whole = np.diff(matrix.indptr)
-        row = np.repeat(np.arange(len(whole)), whole)
-        high = np.bincount(row[matrix.indices < self.n_high], minlength=len(whole))
-        return np.stack([whole, high, whole - high])
+        line = np.repeat(np.arange(len(whole)), whole)
+        lead = np.bincount(line[matrix.indices < self.n_lead], minlength=len(whole))
+        return np.stack([whole, lead, whole - lead])
+
+    def by_group(self, per_latent):
+        """(n,d) -> (3,n) sums over whole, lead, rest."""
+        whole = per_latent.sum(1)
+        lead = per_latent[:, :self.n_lead].sum(1)
+        return np.stack([whole, lead, whole - lead])
 
     def update(self, codes, x, seg, context):
-        """codes csr (n,d_sae) and x (n,d_in) of whole rows, x in float32 numpy."""
-        left = np.flatnonzero((seg[:-1] == seg[1:]) & (seg[1:] >= 0))
-        if not left.size:
-            return
-        f_l, f_r = codes[left], codes[left + 1]
-        common = self.count(f_l.multiply(f_r).tocsr())
-        union = self.count(f_l) + self.count(f_r) - common
-        self.jaccard += (common / np.maximum(union, 1)).sum(1), (union > 0).sum(1)   # an empty union has no overlap
-        # S (T-SAE, arXiv 2511.05541): for each row, mean over latents active in it of max_t |df| / |dx|
-        dx = np.linalg.norm((x[left + 1] - x[left]).astype(np.float64), axis=1)
-        moved = dx > 0   # two equal activations have equal codes: 0/0, no step
-        f_l, f_r, row = f_l[moved], f_r[moved], left[moved] // context
-        step = (f_r - f_l).tocsr()
-        peak = np.zeros((len(seg) // context, codes.shape[1]))
-        size = np.diff(step.indptr)
-        np.maximum.at(peak, (np.repeat(row, size), step.indices), np.abs(step.data) / np.repeat(dx[moved], size))
-        active = np.zeros(peak.shape, bool)
-        for side in (f_l, f_r):
-            active[np.repeat(row, np.diff(side.indptr)), side.indices] = True
-        for g, part in enumerate((slice(None), slice(0, self.n_high), slice(self.n_high, None))):
-            n = active[:, part].sum(1)
-            mean = peak[:, part].sum(1)[n > 0] / n[n > 0]   # a latent that is not active has peak 0
-            self.smoothness[:, g] += mean.sum(), len(mean)
+        """codes csr (n,d_sae) and x (n,d_in) float32 numpy of whole rows."""
+        active = np.zeros((len(seg) // context, codes.shape[1]), bool)
+        row = np.repeat(np.arange(len(seg)) // context, np.diff(codes.indptr))
+        active[row, codes.indices] = True
+        rows_used = (seg.reshape(-1, context) >= 0).any(1)
+        self.latents[0] += self.by_group(active[rows_used]).sum(1)
+        self.latents[1] += rows_used.sum()
+        left = pairs_at(seg, 1)
+        if left.size:
+            f_left = codes[left]
+            f_right = codes[left + 1]
+            common = self.count(f_left.multiply(f_right).tocsr())
+            union = self.count(f_left) + self.count(f_right) - common
+            self.jaccard[0] += (common / np.maximum(union, 1)).sum(1)
+            self.jaccard[1] += (union > 0).sum(1)  # an empty union has no overlap
+            dx = np.linalg.norm((x[left + 1] - x[left]).astype(np.float64), axis=1)
+            moved = dx > 0  # two equal activations have equal codes: 0/0, no step
+            self.add_steps(f_left[moved], f_right[moved], dx[moved], left[moved] // context, active)
 
-    def values(self, sums):
-        """{group: mean} of a (sum, count) pair."""
-        return {g: ratio(*sums[:, i]) for i, g in enumerate(GROUPS)}
+    def add_steps(self, f_left, f_right, dx, row, active):
+        """S and S_sum from the largest step max_t |df_i| / |dx| of each latent in each row.
+
+        S (T-SAE, arXiv 2511.05541): mean over the latents active in a row, then over rows. A
+        persistent code has fewer of them, so S punishes it; S_sum adds the steps up instead.
+        """
+        step = (f_right - f_left).tocsr()
+        size = np.diff(step.indptr)
+        peak = np.zeros(active.shape)
+        place = (np.repeat(row, size), step.indices)
+        np.maximum.at(peak, place, np.abs(step.data) / np.repeat(dx, size))
+        counted = np.zeros(active.shape, bool)  # active at a token of some pair
+        for side in (f_left, f_right):
+            counted[np.repeat(row, np.diff(side.indptr)), side.indices] = True
+        total = self.by_group(peak)
+        n = self.by_group(counted)
+        self.smoothness[0] += (total / np.maximum(n, 1)).sum(1)
+        self.smoothness[1] += (n > 0).sum(1)
+        has_step = np.unique(row)
+        self.roughness[0] += total[:, has_step].sum(1)
+        self.roughness[1] += len(has_step)
+
+
+def by_group_mean(sums):
+    """(2,3) sums and counts -> {group: mean}."""
+    return {group: ratio(sums[0, i], sums[1, i]) for i, group in enumerate(GROUPS)}
 
 
 def decay_length(curve, lags):
-    """Smallest measured lag at which the correlation lies below its value at lag 1 divided by e; NaN if none does."""
-    below = [lag for lag, rho in zip(lags, curve) if rho < curve[0] / math.e]
-    return below[0] if below and curve[0] > 0 else math.nan
+    """Smallest measured lag where the correlation is below 1/e of that at lag 1; NaN if none."""
+    if not curve[0] > 0:
+        return math.nan
+    for lag, rho in zip(lags, curve):
+        if rho < curve[0] / math.e:
+            return lag
+    return math.nan
+
+
+def two_means(values, keep, mass):
+    """(d,) -> mean and mean weighted by mass over the latents in keep, NaN left out."""
+    ok = keep & np.isfinite(values)
+    if not ok.any():
+        return math.nan, math.nan
+    return values[ok].mean(), ratio((mass[ok] * values[ok]).sum(), mass[ok].sum())
 
 
 def group_means(value, keep, mass, groups):
-    """(d,) or (L,d) -> {group: {"mean", "mass"}}: unweighted and mass-weighted mean over latents in `keep`, NaN left out."""
-    def means(row, part):
-        ok = keep[part] & np.isfinite(row[part])
-        w = mass[part][ok]
-        return (row[part][ok].mean() if ok.any() else math.nan, ratio((w * row[part][ok]).sum(), w.sum()))
-
+    """(d,) or (L,d) -> {group: {"mean": of latents, "mass": weighted by their firings}}."""
     out = {}
     for name, part in groups.items():
-        pairs = [means(row, part) for row in np.atleast_2d(value)]
-        pick = (lambda i: [p[i] for p in pairs]) if value.ndim == 2 else (lambda i: pairs[0][i])
-        out[name] = {"mean": pick(0), "mass": pick(1)}
+        lines = [two_means(line[part], keep[part], mass[part]) for line in np.atleast_2d(value)]
+        unweighted = [line[0] for line in lines]
+        weighted = [line[1] for line in lines]
+        if value.ndim == 1:
+            unweighted = unweighted[0]
+            weighted = weighted[0]
+        out[name] = {"mean": unweighted, "mass": weighted}
     return out
 
 
-# ------------------------------------------------------------------------------------------------ codes seen twice
+def best_means(value, keep, n):
+    """(L,d) -> list of L: at each lag the mean of the n latents that are best at that lag."""
+    means = []
+    for line in value:
+        ranked = np.sort(line[keep & np.isfinite(line)])[::-1]
+        means.append(mean_or_nan(ranked[:n]))
+    return means
+
+
+# --------------------------------------------------------------------------------------------------
+# Codes seen twice: correlations between positions and between latents, clusters
+# --------------------------------------------------------------------------------------------------
 
 
 class Sample:
-    """The codes (sparse) and activations of the first SAMPLE_ROWS rows at most, for what cannot be streamed."""
+    """The codes (sparse, float32) of the first SAMPLE_ROWS rows at most."""
 
     def __init__(self):
-        self.codes, self.x, self.rows, self.nnz, self.closed = [], [], 0, 0, False
+        self.blocks = []
+        self.rows = 0
+        self.nnz = 0
+        self.closed = False
 
-    def update(self, codes, x):
-        """codes csr (n,d_sae); x (B,T,d_in) in the model's own dtype. One batch at least is kept."""
-        fits = self.rows + len(x) <= SAMPLE_ROWS and self.nnz + codes.nnz <= SAMPLE_NNZ
-        self.closed |= bool(self.codes) and not fits   # for good: the sample is the leading rows, without a gap
+    def update(self, codes, n_rows):
+        """codes csr of n_rows whole rows. One batch at least is kept; a gap never arises."""
+        fits = self.rows + n_rows <= SAMPLE_ROWS and self.nnz + codes.nnz <= SAMPLE_NNZ
+        if self.blocks and not fits:
+            self.closed = True
         if not self.closed:
-            self.codes.append(codes.astype(np.float32))
-            self.x.append(x.cpu())
-            self.rows, self.nnz = self.rows + len(x), self.nnz + codes.nnz
+            self.blocks.append(codes.astype(np.float32))
+            self.rows += n_rows
+            self.nnz += codes.nnz
 
 
 def position_matrix(blocks, seg, mean, scale, context):
-    """Correlation of a row's columns at positions p and q, mean over columns and over rows with (p, q) in one segment.
+    """Correlation of the columns at positions p and q, mean over columns and over rows.
 
-    blocks: (n,d) matrices of whole rows, csr or dense; mean, scale (d,): each column's over ALL valid tokens, so the
-    diagonals of the result average to the pooled autocorrelation. -> (T,T) matrix with NaN where no row has the pair,
-    (T,T) number of pairs. Contexts beyond MATRIX_SIDE share cells.
+    blocks: (n,d) matrices of whole rows, csr or dense; mean, scale (d,): each column's over ALL
+    valid tokens, so the diagonals of the result average to the pooled autocorrelation. Only rows
+    with p and q in one segment count. Contexts beyond MATRIX_SIDE share cells.
+    -> (T,T) matrix, NaN where no row has the pair; (T,T) number of pairs.
     """
     step = math.ceil(context / MATRIX_SIDE)
     side = math.ceil(context / step)
-    bins = sparse.csr_matrix((np.ones(context), (np.arange(context) // step, np.arange(context))), shape=(side, context))
-    total, count = np.zeros((side, side)), np.zeros((side, side))
-    m, start = mean / scale, 0
+    place = (np.arange(context) // step, np.arange(context))
+    bins = sparse.csr_matrix((np.ones(context), place), shape=(side, context))
+    total = np.zeros((side, side))
+    count = np.zeros((side, side))
+    m = mean / scale
+    start = 0
     for block in blocks:
         for row in range(0, block.shape[0], context):
             s = seg[start + row:start + row + context]
-            h = block[row:row + context]
-            h = h @ sparse.diags(1 / scale) if sparse.issparse(h) else h / scale
-            hm, gram = h @ m, h @ h.T
-            gram = gram.toarray() if sparse.issparse(gram) else gram
+            gram, hm = row_gram(block[row:row + context], scale, m)
             together = (s[:, None] == s[None]) & (s >= 0)[:, None]
-            total += bins @ np.where(together, gram - hm[:, None] - hm[None] + m @ m, 0) @ bins.T
+            covariance = np.where(together, gram - hm[:, None] - hm[None] + m @ m, 0)
+            total += bins @ covariance @ bins.T
             count += bins @ together.astype(float) @ bins.T
         start += block.shape[0]
-    return np.where(count > 0, total / np.maximum(count, 1) / max(len(m), 1), np.nan if len(m) else count * np.nan), count
+    seen = (count > 0) & (len(m) > 0)
+    return np.where(seen, total / np.maximum(count, 1) / max(len(m), 1), np.nan), count
+
+
+def row_gram(h, scale, m):
+    """h (T,d), csr or dense -> products (T,T) of its rows over scale, and each row's with m."""
+    if sparse.issparse(h):
+        h = h @ sparse.diags(1 / scale)
+        return (h @ h.T).toarray(), h @ m
+    h = h / scale
+    return h @ h.T, h @ m
 
 
 def toeplitzness(matrix, count):
-    """Share of the off-diagonal variance (weighted by pairs) that the distance |p - q| alone explains; 1 = shift-invariant."""
+    """Share of the off-diagonal variance (weighted by pairs) that the distance |p - q| explains."""
     p, q = np.nonzero(np.triu(count, 1))
-    w, v, lag = count[p, q], matrix[p, q], q - p
-    weight = np.bincount(lag, w)
-    mean = np.bincount(lag, w * v) / np.maximum(weight, 1)
-    overall = ratio((w * v).sum(), w.sum())
-    return ratio((weight * (mean - overall) ** 2).sum(), (w * (v - overall) ** 2).sum())
+    weight = count[p, q]
+    value = matrix[p, q]
+    lag = q - p
+    weight_at = np.bincount(lag, weight)
+    mean_at = np.bincount(lag, weight * value) / np.maximum(weight_at, 1)
+    overall = ratio((weight * value).sum(), weight.sum())
+    explained = (weight_at * (mean_at - overall) ** 2).sum()
+    return ratio(explained, (weight * (value - overall) ** 2).sum())
 
 
-def top_tokens(codes, tokens, latent, n=5):
-    """Ids of the tokens on which a latent's activation adds up highest. codes csc (n,d); tokens (n,) or None."""
+def top_tokens(columns, tokens, latent, n=5):
+    """Ids of the tokens on which a latent's activation adds up highest.
+
+    columns csc (n,d_sae); tokens (n,), or None where there is no text.
+    """
     if tokens is None:
         return []
-    part = slice(codes.indptr[latent], codes.indptr[latent + 1])
-    ids, where = np.unique(tokens[codes.indices[part]], return_inverse=True)
-    return ids[np.argsort(-np.bincount(where, codes.data[part]), kind="stable")[:n]].tolist() if len(ids) else []
+    part = slice(columns.indptr[latent], columns.indptr[latent + 1])
+    ids, where = np.unique(tokens[columns.indices[part]], return_inverse=True)
+    total = np.bincount(where, columns.data[part], len(ids))
+    return ids[np.argsort(-total, kind="stable")[:n]].tolist()
 
 
 def correlation_matrix(codes, n):
-    """(m,m) Pearson correlation of the columns of csr (n,m) over its n valid tokens, NaN where a column is constant."""
+    """(m,m) Pearson correlation of the columns of csr (n,m) over its n valid tokens.
+
+    NaN where a column is constant.
+    """
     if codes.nnz < 0.05 * n * codes.shape[1]:
         gram = (codes.T @ codes).toarray().astype(np.float64)
-    else:   # dense codes (GELU, L1 at low weight): blocks of dense products are faster than sparse ones
-        gram = np.zeros((codes.shape[1],) * 2)
+    else:  # dense codes (GELU, a light L1): blocks of dense products are faster than sparse ones
+        gram = np.zeros((codes.shape[1], codes.shape[1]))
         for start in range(0, codes.shape[0], 4096):
             block = codes[start:start + 4096].toarray()
             gram += block.T @ block
@@ -646,675 +1158,1800 @@ def correlation_matrix(codes, n):
     return cov / np.outer(sd, sd)
 
 
-def redundancy(codes, n, tokens, latents, mass, cluster, W_dec, name_tokens):
-    """Latent x latent correlation of codes over token positions: how many distinct patterns do the latents hold?
+class Redundancy(NamedTuple):
+    """What redundancy() finds: its JSON block, and each latent's best partner."""
 
-    codes csr (tokens,d_sae) of the sample, n its valid tokens; latents: scored ones. Effective rank: exp of the entropy
-    of the correlation matrix's normalised eigenvalues (Roy & Vetterli 2007). "together": the latents that correlate with more
-    than PARTNERS others above TOGETHER: dozens that tell one fact.
+    block: dict
+    partner: np.ndarray  # (d_sae,) latent whose codes correlate most with this one's, -1 if none
+    partner_corr: np.ndarray  # (d_sae,) NaN if none
+    together: np.ndarray  # latents that fire together with more than PARTNERS others
+
+
+def redundancy(codes, n, columns, tokens, latents, mass, cluster, W_dec, text):
+    """Latent x latent correlation of codes: how many distinct patterns do the latents hold?
+
+    codes csr (tokens,d_sae) of the sample and the same as csc `columns`, n valid tokens; latents:
+    the scored ones. Effective rank: exp of the entropy of the correlation matrix's normalised
+    eigenvalues (Roy & Vetterli 2007). Together: the latents that correlate above TOGETHER with more
+    than PARTNERS others.
     """
     corr = correlation_matrix(codes[:, latents], n)
     varies = np.isfinite(np.diag(corr))
-    latents, corr = latents[varies], corr[np.ix_(varies, varies)]
+    latents = latents[varies]
+    corr = corr[np.ix_(varies, varies)]
+    partner = np.full(codes.shape[1], -1)
+    partner_corr = np.full(codes.shape[1], math.nan)
     if len(latents) < 2:
-        return {"latents": len(latents), "share_above_0.9": None, "effective_rank": None, "best_partner_histogram": None,
-                "together": [], "top_pairs": [], "matrix": None}
+        block = {
+            "latents": len(latents), "share_above_0.9": None, "effective_rank": None,
+            "best_partner_histogram": None, "together": [], "top_pairs": [], "matrix": None}
+        return Redundancy(block, partner, partner_corr, np.array([], int))
     eigen = torch.linalg.eigvalsh(torch.from_numpy(corr)).clamp_min(1e-15)
     p = eigen / eigen.sum()
-    others = corr - 2 * np.eye(len(corr))   # a latent is not its own partner
+    others = corr - 2 * np.eye(len(corr))  # a latent is not its own partner
     best = others.max(1)
+    partner[latents] = latents[others.argmax(1)]
+    partner_corr[latents] = best
     counts, edges = np.histogram(best.clip(-1, 1), bins=20, range=(-1, 1))
-    i, j = np.triu_indices(len(corr), 1)
-    top = np.argpartition(-corr[i, j], min(20, len(i) - 1))[:20]
-    top = top[np.lexsort((j[top], i[top], -corr[i[top], j[top]]))]
-    columns, unit = codes.tocsc(), F.normalize(W_dec, dim=1)
-    pairs = []
-    for a, b in zip(i[top], j[top]):
-        la, lb = int(latents[a]), int(latents[b])
-        pairs.append({"latents": [la, lb], "corr": corr[a, b], "decoder_cosine": (unit[la] @ unit[lb]).item(),
-                      "tokens": [name_tokens(top_tokens(columns, tokens, x)) for x in (la, lb)]})
-    shown = np.argsort(-mass[latents], kind="stable")[:80]          # for the picture: the heaviest, ordered by cluster
+    together = latents[(others > TOGETHER).sum(1) > PARTNERS]
+    shown = np.argsort(-mass[latents], kind="stable")[:80]  # for a picture: the heaviest
     shown = shown[np.lexsort((latents[shown], cluster[latents[shown]]))]
-    return {"latents": len(latents), "share_above_0.9": (best > REDUNDANT).mean(),
-            "effective_rank": math.exp(-(p * p.log()).sum().item()),
-            "best_partner_histogram": {"edges": edges, "counts": counts},
-            "together": latents[(others > TOGETHER).sum(1) > PARTNERS], "top_pairs": pairs,
-            "matrix": {"latents": latents[shown], "clusters": cluster[latents[shown]],
-                       "corr": plain(corr[np.ix_(shown, shown)], 3)}}
+    matrix = {
+        "latents": latents[shown], "clusters": cluster[latents[shown]],
+        "corr": plain(corr[np.ix_(shown, shown)], 3)}
+    block = {
+        "latents": len(latents), "share_above_0.9": (best > REDUNDANT).mean(),
+        "effective_rank": math.exp(-(p * p.log()).sum().item()),
+        "best_partner_histogram": {"edges": edges, "counts": counts},
+        "together": together, "top_pairs": top_pairs(corr, latents, columns, tokens, W_dec, text),
+        "matrix": matrix}
+    return Redundancy(block, partner, partner_corr, together)
+
+
+def top_pairs(corr, latents, columns, tokens, W_dec, text, n=20):
+    """The n pairs of latents whose codes correlate most, with their decoder cosine and tokens."""
+    i, j = np.triu_indices(len(corr), 1)
+    value = corr[i, j]
+    top = np.argpartition(-value, min(n, len(value) - 1))[:n]
+    top = top[np.lexsort((j[top], i[top], -value[top]))]
+    unit = F.normalize(W_dec, dim=1)
+    pairs = []
+    for pair in top:
+        a = int(latents[i[pair]])
+        b = int(latents[j[pair]])
+        names = []
+        for latent in (a, b):
+            names.append([text(token) for token in top_tokens(columns, tokens, latent)])
+        cosine = (unit[a] @ unit[b]).item()
+        pairs.append({
+            "latents": [a, b], "corr": value[pair], "decoder_cosine": cosine, "tokens": names})
+    return pairs
 
 
 def pw_mcc(decoders):
-    """Mean cosine of decoder rows matched one to one (Hungarian), for each pair of seeds. None above 8,192 latents."""
-    unit = [F.normalize(W.detach().float().cpu(), dim=1) for W in decoders]
-    if len(unit) < 2 or len(unit[0]) > 8192:   # the matching is cubic
+    """Mean cosine of decoder rows matched one to one (Hungarian), for each pair of seeds.
+
+    PW-MCC, arXiv 2505.20254. None above 8,192 latents: the matching is cubic.
+    """
+    if len(decoders) < 2 or len(decoders[0]) > 8192:
         return None
-    cosines = [(a @ b.T).numpy() for a, b in itertools.combinations(unit, 2)]
-    return [float(c[linear_sum_assignment(c, maximize=True)].mean(dtype=np.float64)) for c in cosines]
-
-
-# ------------------------------------------------------------------------------------------------ what latents are for
-
-
-def token_classes(strings):
-    """Four yes/no properties of tokens, {name: (n,) bool}. A word's first token starts with a space."""
-    bare = [s.strip() for s in strings]
-    return {"word_part": np.array([s[:1] == b[:1] and b.isalpha() for s, b in zip(strings, bare)]),
-            "punctuation": np.array([bool(b) and not any(c.isalnum() for c in b) for b in bare]),
-            "digit": np.array([b.isdigit() for b in bare]),
-            "capitalised": np.array([b[:1].isupper() for b in bare])}
+    unit = [F.normalize(W.float().cpu(), dim=1) for W in decoders]
+    means = []
+    for a, b in itertools.combinations(unit, 2):
+        cosine = (a @ b.T).numpy()
+        matched = linear_sum_assignment(cosine, maximize=True)
+        means.append(float(cosine[matched].mean(dtype=np.float64)))
+    return means
 
 
 def strongest_latent(codes, latents):
     """(n,) which of `latents` is most active at each token, -1 where none fires."""
     part = codes[:, latents]
-    out, rows = np.full(part.shape[0], -1), np.flatnonzero(np.diff(part.indptr))
+    size = np.diff(part.indptr)
+    rows = np.flatnonzero(size)
+    out = np.full(part.shape[0], -1)
     if len(rows):
         peak = np.maximum.reduceat(part.data, part.indptr[rows])
-        row = np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))
-        where = np.flatnonzero(part.data == np.repeat(peak, np.diff(part.indptr)[rows]))[::-1]
-        out[row[where]] = part.indices[where]   # reversed, so that the first of equals stays
+        row = np.repeat(np.arange(part.shape[0]), size)
+        where = np.flatnonzero(part.data == np.repeat(peak, size[rows]))[::-1]
+        out[row[where]] = part.indices[where]  # reversed, so that the first of equals stays
     return out
 
 
 def mutual_information(codes, latents, labels):
-    """Adjusted mutual information of "which of these latents is the strongest" with each labelling of tokens.
+    """Adjusted mutual information of "which of these latents is strongest" with token labels.
 
-    labels {name: (n,) int, -1 = leave out, or None}. On 10,000 tokens at most: its exact chance term is slow.
+    labels {name: (n,) int, -1 = leave out; or None}. On 10,000 tokens at most: its exact chance
+    term is slow.
     """
-    strongest, out = strongest_latent(codes, latents), {}
+    strongest = strongest_latent(codes, latents)
+    out = {}
     for name, label in labels.items():
-        keep = np.flatnonzero((strongest >= 0) & (label >= 0)) if label is not None else np.empty(0, int)
+        out[name] = math.nan
+        if label is None:
+            continue
+        keep = np.flatnonzero((strongest >= 0) & (label >= 0))
         keep = keep[::max(1, math.ceil(len(keep) / 10_000))]
-        out[name] = adjusted_mutual_info_score(label[keep], strongest[keep]) if len(keep) > 100 else math.nan
+        if len(keep) > 100:
+            out[name] = adjusted_mutual_info_score(label[keep], strongest[keep])
     return out
 
 
 def cluster_latents(blocks):
-    """K-means on blocks of features [(n,width)], each column standardised, each block of equal weight.
+    """K-means on blocks of features [(n,width)]: columns standardised, blocks of equal weight.
 
-    k in 4..8 with the best silhouette. -> labels (n,), by size; silhouette; (n,2) principal coordinates for a picture.
+    k in 4..8 with the best silhouette. -> labels (n,), numbered by size; silhouette; (n,2) principal
+    coordinates for a picture.
     """
-    z = [(b - b.mean(0)) / np.where(b.std(0) > 1e-9, b.std(0), 1) / math.sqrt(b.shape[1]) for b in blocks]
-    z, best = np.concatenate(z, 1), (-2, None)
-    with threadpool_limits(1), warnings.catch_warnings():   # one thread: sums in a fixed order, so the same clusters
-        warnings.simplefilter("ignore")                     # fewer distinct points than clusters is fine here
+    scaled = []
+    for block in blocks:
+        deviation = np.where(block.std(0) > 1e-9, block.std(0), 1)
+        scaled.append((block - block.mean(0)) / deviation / math.sqrt(block.shape[1]))
+    z = np.concatenate(scaled, 1)
+    best = -2
+    labels = None
+    with threadpool_limits(1), warnings.catch_warnings():  # one thread: sums in a fixed order
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters is fine here
         for k in range(4, 9):
-            labels = KMeans(k, n_init=4, random_state=0).fit_predict(z)
-            if 1 < len(set(labels)) < len(z):
-                score = silhouette_score(z, labels, sample_size=min(len(z), 3000), random_state=0)
-                best = max(best, (score, labels), key=lambda pair: pair[0])
-    score, labels = best
+            found = KMeans(k, n_init=4, random_state=0).fit_predict(z)
+            if not 1 < len(set(found)) < len(z):
+                continue
+            score = silhouette_score(z, found, sample_size=min(len(z), 3000), random_state=0)
+            if score > best:
+                best = score
+                labels = found
     if labels is None:
         return np.zeros(len(z), int), math.nan, z[:, :2]
     order = np.argsort(-np.bincount(labels), kind="stable")
     centred = z - z.mean(0)
-    return np.argsort(order)[labels], score, centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
+    return np.argsort(order)[labels], best, centred @ axes.T
 
 
 def cluster_name(rho, eta2_excess, lags):
-    """Name of a cluster from its mean profile; the thresholds are ours, the profile is printed beside the name."""
+    """Name of a cluster from its mean profile. The thresholds are ours; the profile is saved too."""
     far = rho[max(k for k, lag in enumerate(lags) if lag <= 32)]
-    if eta2_excess > 0.05:              # position alone explains > 5 % more of the variance than chance
+    if eta2_excess > 0.05:  # position alone explains > 5 % more of the variance than chance
         return "positional"
     if far > 0.02 and far > rho[0] / 4:  # still there 32 tokens on: what the document is about
         return "document/topic"
-    return "segment" if rho[0] > 0.1 else "local/token"   # else: lasts a phrase, or belongs to single tokens
+    if rho[0] > 0.1:  # lasts a phrase
+        return "segment"
+    return "local/token"
 
 
-def clusters(codes, latents, stats, topic, token, tokens, mass, groups, lags, name_tokens):
-    """Latents clustered by activation pattern. -> (JSON block, (d_sae,) cluster of each latent, -1 if not scored)
+class Clusters(NamedTuple):
+    """What clusters() finds: its JSON block, each latent's cluster and place in a picture."""
 
-    Pattern: firing rate, span, autocorrelation at each lag and within the segment, firing by eighths of the context and
-    eta^2 of position, and, where documents carry topics, how far its mass by topic is from the corpus (nats).
+    block: dict
+    of: np.ndarray  # (d_sae,) number of the cluster, -1 if the latent was not scored
+    xy: np.ndarray  # (latents,2)
+
+
+def topic_divergence(codes, topic):
+    """How far each latent's mass by topic is from the corpus, in nats; and its largest share.
+
+    codes csr (n,m); topic (n,) int, -1 = none. -> (m,), (m,)
     """
-    n_topic = int(topic.max()) + 1 if topic is not None else 0
-    pick = lambda name: np.nan_to_num(stats[name][..., latents])
-    blocks = [np.log10(np.maximum(pick("rate"), 1e-9))[:, None], np.log(np.maximum(pick("span"), 1))[:, None],
-              np.concatenate([pick("autocorr"), pick("autocorr_within")]).T,
-              np.concatenate([pick("eighths"), pick("eta2")[None]]).T]
+    known = topic >= 0
+    place = (np.maximum(topic, 0), np.arange(len(topic)))
+    one_hot = sparse.csr_matrix((known, place), dtype=np.float64)
+    by_topic = np.asarray((one_hot @ abs(codes)).toarray()).T
+    q = by_topic / np.maximum(by_topic.sum(1, keepdims=True), 1e-12)
+    corpus = np.bincount(topic[known], minlength=q.shape[1]) / known.sum()
+    gain = np.log(np.maximum(q, 1e-12) / np.maximum(corpus, 1e-12))
+    return (q * gain).sum(1), q.max(1)
+
+
+def clusters(codes, columns, latents, stats, labels, tokens, groups, lags, text):
+    """Latents clustered by activation pattern.
+
+    Pattern: firing rate, span, autocorrelation at each lag and within the segment, firing by
+    eighths of the context and eta^2 of position, and, where documents carry topics, how far its
+    mass by topic is from the corpus. stats: latent_stats(); labels {"topic", "token"} of tokens.
+    """
+    def pick(name):
+        return np.nan_to_num(stats[name][..., latents])
+
+    rate = np.log10(np.maximum(pick("rate"), 1e-9))[:, None]
+    span = np.log(np.maximum(pick("span"), 1))[:, None]
+    along = np.concatenate([pick("autocorr"), pick("autocorr_within")]).T
+    position = np.concatenate([pick("eighths"), pick("eta2")[None]]).T
+    blocks = [rate, span, along, position]
     topic_share = np.full(len(latents), math.nan)
-    if n_topic:
-        one_hot = sparse.csr_matrix((topic >= 0, (np.maximum(topic, 0), np.arange(len(topic)))), dtype=np.float64)
-        by_topic = np.asarray((one_hot @ abs(codes[:, latents])).toarray()).T
-        q = by_topic / np.maximum(by_topic.sum(1, keepdims=True), 1e-12)
-        corpus = np.bincount(topic[topic >= 0], minlength=n_topic) / (topic >= 0).sum()
-        topic_share = q.max(1)
-        blocks.append((q * np.log(np.maximum(q, 1e-12) / np.maximum(corpus, 1e-12))).sum(1)[:, None])
-    labels, silhouette, xy = cluster_latents(blocks)
-    columns, listed = codes.tocsc(), []
-    for c in range(labels.max() + 1):
-        mine = latents[labels == c]
-        rho, within = pick("autocorr")[:, labels == c].mean(1), pick("autocorr_within")[:, labels == c].mean(1)
-        eta2 = pick("eta2")[labels == c].mean()
-        ami = mutual_information(codes, mine, {"topic": topic, "token": token})
-        heavy = mine[np.argsort(-mass[mine], kind="stable")[:3]]
-        listed.append({"name": cluster_name(rho, eta2 - stats["eta2_chance"], lags), "size": len(mine),
-                       "mass_share": mass[mine].sum() / mass.sum(), "rate": pick("rate")[labels == c].mean(),
-                       "span": pick("span")[labels == c].mean(), "autocorr": rho, "autocorr_within": within,
-                       "position": pick("eighths")[:, labels == c].mean(1), "eta2": eta2,
-                       "topic_share": topic_share[labels == c].mean(), "ami_topic": ami["topic"], "ami_token": ami["token"],
-                       "examples": [{"latent": i, "tokens": name_tokens(top_tokens(columns, tokens, i))} for i in heavy]})
-    whole = {g: mutual_information(codes, np.arange(codes.shape[1])[part], {"topic": topic, "token": token})
-             for g, part in groups.items()}
+    if labels["topic"] is not None:
+        divergence, topic_share = topic_divergence(codes[:, latents], labels["topic"])
+        blocks.append(divergence[:, None])
+    number, silhouette, xy = cluster_latents(blocks)
+    mass = stats["mass"]
+    listed = []
+    for c in range(number.max() + 1):
+        here = number == c
+        mine = latents[here]
+        rho = pick("autocorr")[:, here].mean(1)
+        eta2 = pick("eta2")[here].mean()
+        information = mutual_information(codes, mine, labels)
+        examples = []
+        for latent in mine[np.argsort(-mass[mine], kind="stable")[:3]]:
+            names = [text(token) for token in top_tokens(columns, tokens, latent)]
+            examples.append({"latent": latent, "tokens": names})
+        listed.append({
+            "name": cluster_name(rho, eta2 - stats["eta2_chance"], lags), "size": len(mine),
+            "mass_share": mass[mine].sum() / mass.sum(), "rate": pick("rate")[here].mean(),
+            "span": pick("span")[here].mean(), "autocorr": rho,
+            "autocorr_within": pick("autocorr_within")[:, here].mean(1),
+            "position": pick("eighths")[:, here].mean(1), "eta2": eta2,
+            "topic_share": topic_share[here].mean(), "ami_topic": information["topic"],
+            "ami_token": information["token"], "examples": examples})
+    every = np.arange(codes.shape[1])
+    whole = {group: mutual_information(codes, every[part], labels) for group, part in groups.items()}
     of = np.full(codes.shape[1], -1)
-    of[latents] = labels
-    return {"silhouette": silhouette, "list": listed, "ami": whole}, of, xy
+    of[latents] = number
+    return Clusters({"silhouette": silhouette, "list": listed, "ami": whole}, of, xy)
+
+
+# --------------------------------------------------------------------------------------------------
+# What latents tell: probes on single tokens and on documents
+# --------------------------------------------------------------------------------------------------
+
+
+def token_classes(strings):
+    """Four yes/no properties of tokens, {name: (n,) bool}. A word's first token has a space."""
+    bare = [string.strip() for string in strings]
+    part = [string[:1] == b[:1] and b.isalpha() for string, b in zip(strings, bare)]
+    punctuation = [bool(b) and not any(c.isalnum() for c in b) for b in bare]
+    return {
+        "word_part": np.array(part, bool),
+        "punctuation": np.array(punctuation, bool),
+        "digit": np.array([b.isdigit() for b in bare], bool),
+        "capitalised": np.array([b[:1].isupper() for b in bare], bool)}
+
+
+def to_dense(matrix):
+    """csr or array -> array."""
+    if sparse.issparse(matrix):
+        return matrix.toarray()
+    return matrix
+
+
+def deviation(a):
+    """(d,) standard deviation of the columns of a, 1 where a column is constant."""
+    scale = a.std(0)
+    return np.where(scale > 0, scale, 1)
+
+
+def class_gap(values, y):
+    """(d,) mean of the lines (csr or dense) where y is True, less that of the others."""
+    return np.asarray(values[y].mean(0) - values[~y].mean(0)).ravel()
+
+
+def probe_auroc(train, test, y_train, y_test):
+    """AUROC on test of a logistic probe; columns are scaled by their deviation on train."""
+    scale = deviation(train)
+    fit = LogisticRegression(max_iter=300).fit(train / scale, y_train)
+    return roc_auc_score(y_test, fit.decision_function(test / scale))
+
+
+def enough(y_train, y_test, least):
+    """Whether each side has `least` examples of the class and of the rest."""
+    return min(y_train.sum(), (~y_train).sum(), y_test.sum(), (~y_test).sum()) >= least
 
 
 def sparse_probes(train, test, y_train, y_test, groups):
-    """AUROC on test of a logistic probe on the k latents whose class means differ most on train (Gurnee et al. 2023).
+    """k-sparse probes (Gurnee et al. 2023): {group: {k: AUROC on test}}.
 
-    train, test csr (n,d_sae), y bool. -> {group: {k: AUROC}}, or None when a side has fewer than 2 examples of a class.
+    The probe reads the k columns of the group whose class means differ most on train. train, test:
+    csr or dense (n,d); y bool.
     """
-    if min(y_train.sum(), (~y_train).sum(), y_test.sum(), (~y_test).sum()) < 2:
-        return None
-    gap = np.asarray(train[y_train].mean(0) - train[~y_train].mean(0)).ravel()
+    gap = np.abs(class_gap(train, y_train))
     out = {}
     for name, part in groups.items():
-        ranked = np.arange(len(gap))[part][np.argsort(-np.abs(gap[part]), kind="stable")[:max(PROBE_K)]]
-        a, b = train[:, ranked].toarray(), test[:, ranked].toarray()
-        scale = np.where(a.std(0) > 0, a.std(0), 1)
-        fits = {k: LogisticRegression(max_iter=300).fit(a[:, :k] / scale[:k], y_train) for k in PROBE_K if len(ranked)}
-        out[name] = {str(k): roc_auc_score(y_test, fit.decision_function(b[:, :k] / scale[:k])) for k, fit in fits.items()}
+        ranked = np.arange(len(gap))[part]
+        ranked = ranked[np.argsort(-gap[part], kind="stable")[:max(PROBE_K)]]
+        if len(ranked):
+            a = to_dense(train[:, ranked])
+            b = to_dense(test[:, ranked])
+            out[name] = {
+                str(k): probe_auroc(a[:, :k], b[:, :k], y_train, y_test) for k in PROBE_K}
     return out
 
 
-def probes(codes, doc, topic, topic_names, tokens, text, groups):
-    """k-sparse probes: topic of a document from its mean code (should persist), class of a token from its code (should not).
+def mean_over_classes(found, groups):
+    """{class: {group: {k: value}}} -> {group: {k: mean over classes}}, NaN where there is none."""
+    out = {}
+    for group in groups:
+        out[group] = {}
+        for k in PROBE_K:
+            values = [classes[group][str(k)] for classes in found.values() if group in classes]
+            out[group][str(k)] = mean_or_nan(values)
+    return out
 
-    Documents are split 70/30 before anything else, so no document has tokens on both sides. One probe per class against
-    the rest; the value is the mean AUROC over classes. Tokens: 8,000 a side at most.
+
+class Tokens(NamedTuple):
+    """What is known of the n tokens of the sample."""
+
+    doc: np.ndarray  # (n,) document's number + 1, 0 where left out
+    seg: np.ndarray  # (n,) segment, -1 where left out
+    into: np.ndarray  # (n,) tokens since the first of its segment
+    topic: np.ndarray  # (n,) number of the document's topic, -1 if none
+    topic_names: list
+    ids: np.ndarray  # (n,) token ids; None without text
+    context: int
+
+
+def sample_tokens(rows):
+    """Tokens of these rows."""
+    seg = segment_ids(rows.doc)
+    names, topic = token_topics(rows)
+    index = np.arange(len(seg))
+    valid = seg >= 0
+    first = np.full(max(seg.max() + 1, 1), len(seg))
+    np.minimum.at(first, seg[valid], index[valid])
+    into = np.where(valid, index - first[seg], -1)
+    ids = None
+    if rows.tokens is not None:
+        ids = rows.tokens.ravel()
+    return Tokens(rows.doc.ravel(), seg, into, topic, names, ids, rows.doc.shape[1])
+
+
+def split_documents(doc):
+    """(n,) True at the tokens of the 70 % of documents (at random) that probes are trained on."""
+    documents = np.unique(doc[doc > 0])
+    chosen = np.random.default_rng(0).permutation(len(documents)) < 0.7 * len(documents)
+    return np.isin(doc, documents[chosen])
+
+
+def topic_sample(known, in_train):
+    """Tokens of the topic probes. -> indices of the training side, of the test side
+
+    Single tokens whose topic is known and not "Uncategorized", TOPIC_FROM tokens or more after the
+    first of their segment: TOPIC_TOKENS of them at random.
     """
-    inside = np.flatnonzero(doc >= 0)
-    ids, index = np.unique(doc[inside], return_inverse=True)
-    in_train = np.random.default_rng(0).permutation(len(ids)) < 0.7 * len(ids)
-    results = {"topic": {}, "token": {}}
-    if topic is not None:
-        pool = sparse.csr_matrix((1 / np.bincount(index)[index], (index, inside)), shape=(len(ids), codes.shape[0]))
-        mean = (pool @ codes).tocsr()
-        label = np.full(len(ids), -1)
-        label[index] = topic[inside]
-        for t, name in enumerate(topic_names):
-            y = label == t
-            if y.sum() >= 10:
-                results["topic"][name] = sparse_probes(mean[in_train], mean[~in_train], y[in_train], y[~in_train], groups)
-    if tokens is not None:
-        sides = [inside[in_train[index]], inside[~in_train[index]]]
-        train, test = (side[::max(1, math.ceil(len(side) / 8000))] for side in sides)
-        ids, which = np.unique(tokens, return_inverse=True)
-        for name, member in token_classes([text(i) for i in ids.tolist()]).items():
-            y = member[which]
-            results["token"][name] = sparse_probes(codes[train], codes[test], y[train], y[test], groups)
-    results = {kind: {name: r for name, r in found.items() if r} for kind, found in results.items()}
-    mean = {kind: {g: {str(k): np.mean([r[g].get(str(k), math.nan) for r in found.values()]) if found else math.nan
-                       for k in PROBE_K} for g in GROUPS} for kind, found in results.items()}
-    return mean | {"by_class": {kind: {n: r["whole"] for n, r in found.items()} for kind, found in results.items()}}
+    topic = without_uncategorized(known.topic_names, known.topic)
+    fit = np.flatnonzero((topic >= 0) & (known.into >= TOPIC_FROM))
+    fit = np.random.default_rng(0).permutation(fit)[:TOPIC_TOKENS]
+    return fit[in_train[fit]], fit[~in_train[fit]]
 
 
-# ------------------------------------------------------------------------------------------------ one pass over the rows
+def token_topic(codes, known, in_train, groups):
+    """token_topic_k: a document's topic from ONE token's code. -> {topic: {group: {k: AUROC}}}
 
-
-class Scorer:
-    """All streaming sums of one SAE."""
-
-    def __init__(self, sae, n_high, lags, context):
-        self.sae, self.context = sae, context
-        d_sae = sae.W_dec.shape[0]
-        self.n_high = n_high
-        self.groups = {"whole": slice(0, d_sae), "high": slice(0, n_high), "low": slice(n_high, d_sae)}
-        self.fidelity, self.sample = Fidelity(sae.W_dec.detach()), Sample()
-        self.lags, self.null_lags = LagSums(d_sae, lags, context), LagSums(d_sae, lags, context)
-        self.neighbours, self.null_neighbours = Neighbours(n_high), Neighbours(n_high)
-
-    def update(self, x, seg, shuffled):
-        """x (B,T,d_in) in the model's dtype; seg (B*T,); shuffled (B*T,) permutation of tokens inside their segments."""
-        valid = torch.from_numpy(seg >= 0).to(x.device)
-        acts, info = self.sae.encode(x.float())
-        x_hat = self.sae.decode(acts, info).reshape(-1, x.shape[-1])
-        if not torch.isfinite(x_hat).all():
-            raise ValueError("the SAE gives NaN or infinity on these activations: its weights are broken or they are")
-        flat, acts = x.reshape(-1, x.shape[-1]).float(), acts.reshape(len(seg), -1) * valid[:, None]
-        codes = sparse.csr_matrix(acts.cpu().numpy()).astype(np.float64)
-        self.fidelity.update(flat[valid], x_hat[valid], codes, np.arange(len(seg)) // self.context)
-        raw = flat.cpu().numpy()
-        self.lags.update(codes, seg)
-        self.neighbours.update(codes, raw, seg, self.context)
-        self.null_lags.update(codes[shuffled], seg)
-        self.null_neighbours.update(codes[shuffled], raw[shuffled], seg, self.context)
-        self.sample.update(codes, x)
-
-
-def batches(exp, cfg, model, rows, acts):
-    """Yields (x (B,T,d_in), segment ids) over the rows, BATCH_ROWS at a time, from the model or, if not None, from acts."""
-    for start in tqdm(range(0, len(rows.doc_id), BATCH_ROWS), desc="activations and codes", leave=False, disable=None):
-        part = slice(start, start + BATCH_ROWS)
-        seg = segment_ids(rows.doc_id[part], rows.valid[part])
-        if acts is not None:
-            x = torch.from_numpy(np.array(acts[part]))
-            yield x.view(torch.bfloat16) if acts.dtype == np.uint16 else x, seg   # numpy has no bfloat16
-        else:
-            ids = torch.from_numpy(rows.tokens[part]).to(next(model.parameters()).device)
-            yield exp.residuals(model, ids, cfg.layer), seg
-
-
-@torch.inference_mode()
-def stream(exp, cfg, model, rows, acts, saes, n_high):
-    """One pass over the variance rows for all seeds. -> (list of Scorer, LagSums of the raw activations)"""
-    context = rows.doc_id.shape[1]
-    lags = tuple(lag for lag in LAGS if lag < context)
-    scorers, raw, rng = [Scorer(sae, n_high, lags, context) for sae in saes], None, np.random.default_rng(0)
-    device = saes[0].W_dec.device
-    for x, seg in batches(exp, cfg, model, rows, acts):
-        if not (seg >= 0).any():   # nothing but special tokens: no sums, but the sample stays in step with the rows
-            for scorer in scorers:
-                scorer.sample.update(sparse.csr_matrix((len(seg), scorer.sae.W_dec.shape[0])), x)
-            continue
-        x, shuffled = x.to(device), permute_segments(seg, rng)   # the same permutation for every seed and run
-        raw = raw or LagSums(x.shape[-1], lags, context)
-        flat = x.reshape(-1, x.shape[-1]).double().cpu().numpy() * (seg >= 0)[:, None]
-        raw.update(sparse.csr_matrix(flat), seg)
-        for scorer in scorers:
-            scorer.update(x, seg, shuffled)
-    if raw is None:
-        raise ValueError("the rows hold no ordinary token to score")
-    return scorers, raw
-
-
-def consistency_json(s, raw, rows, counts, hashes, text):
-    """Every consistency number of one seed; each mean with its null (tokens permuted inside segments) beside it."""
-    lags, fires, context = s.lags.lags, s.fidelity.fires, counts["context"]
-    mass = fires.astype(float)   # firing mass: how often, not how strongly, so that no scale enters
-    keep = fires >= MIN_FIRINGS
-    out = {"hashes": hashes, "counts": counts | {"sample_rows": s.sample.rows}, "lags": lags,
-           "groups": {g: {"latents": len(keep[p]), "scored": keep[p].sum(), "mass_share": ratio(mass[p].sum(), mass.sum())}
-                      for g, p in s.groups.items()}}
-    for suffix, sums, near in (("_null", s.null_lags, s.null_neighbours), ("", s.lags, s.neighbours)):
-        own = {"autocorr": sums.autocorr(), "autocorr_within": sums.autocorr_within(), "persistence": sums.persistence(),
-               "kappa": sums.kappa(fires), "span": sums.span(fires), "position_invariance": 1 - sums.eta2()}
-        out |= {name + suffix: group_means(value, keep, mass, s.groups) for name, value in own.items()}
-        out["support_jaccard" + suffix] = near.values(near.jaccard)
-        out["smoothness_S" + suffix] = near.values(near.smoothness)
-        for g, part in s.groups.items():
-            spans = own["span"][part][keep[part] & np.isfinite(own["span"][part])]
-            out["span" + suffix][g]["top100"] = np.sort(spans)[-100:].mean() if len(spans) else math.nan
-    for name, value in (("autocorr_raw", raw.autocorr()), ("autocorr_within_raw", raw.autocorr_within())):   # the ceiling
-        out[name] = group_means(value, raw.variance >= 0, raw.variance, {"raw": slice(None)})["raw"]
-    out["decay_length"] = {g: {k: decay_length(v, lags) for k, v in out["autocorr"][g].items()} for g in GROUPS}
-    out["decay_length_raw"] = {k: decay_length(v, lags) for k, v in out["autocorr_raw"].items()}
-    eighth = np.arange(context) * 8 // context
-    by_eighth = np.stack([np.abs(s.lags.by_position[eighth == e]).sum(0) / max(s.lags.position_tokens[eighth == e].sum(), 1)
-                          for e in range(8)])
-    own |= {"rate": fires / s.fidelity.tokens, "eighths": by_eighth / np.maximum(by_eighth.sum(0), 1e-12),
-            "eta2": 1 - own["position_invariance"], "eta2_chance": (context - 1) / s.fidelity.tokens}
-    out |= sample_blocks(s, raw, rows, own, keep, mass, text)
-    counted, edges = np.histogram(np.log10(own["rate"][fires > 0]), bins=24, range=(-6, 0))
-    out["density_histogram"] = {"log10_edges": edges, "counts": counted, "dead": (fires == 0).sum()}
-    out = plain(out, 6)
-    reasons = {key: NULL_REASONS.get(key, NULL_REASONS["default"]) for key, value in out.items() if has_null(value)}
-    return out | {"notes": reasons}
-
-
-NULL_REASONS = {   # why a value may be null, by the top-level key it stands under
-    "default": f"no pair of tokens, or no latent with {MIN_FIRINGS} firings that varies",
-    "decay_length": "the correlation is not above 0 at lag 1, or never falls below its value there / e",
-    "decay_length_raw": "the correlation is not above 0 at lag 1, or never falls below its value there / e",
-    "position_corr": "no row holds the two positions inside one document, or no latent was scored",
-    "clusters": "no topic labels, no token identities, or fewer than 10 latents were scored",
-    "probes": "no topic labels, no tokens, or too few examples of a class on a side of the split"}
-
-
-def timeline(codes, seg, rows, context, text, n=12):
-    """The codes of the n most active latents along one passage: the first row that is one document for half its length."""
-    if rows.tokens is None:
-        return None
-    longest = [np.bincount(s[s >= 0], minlength=1) for s in seg.reshape(-1, context)]
-    row = next((i for i, sizes in enumerate(longest) if sizes.max() >= context / 2), int(np.argmax([s.max() for s in longest])))
-    at = row * context + np.flatnonzero(seg[row * context:(row + 1) * context] == longest[row].argmax())
-    passage = codes[at].toarray()
-    latents = np.sort(np.argsort(-np.abs(passage).sum(0), kind="stable")[:n])
-    return {"row": row, "tokens": [text(i) for i in rows.tokens.ravel()[at]], "latents": latents,
-            "codes": plain(passage[:, latents].T, 3), "doc": f"row {row}" + (f", {rows.topics[rows.doc_id.ravel()[at[0]]]}" if rows.topics else "")}
-
-
-def sample_blocks(s, raw, rows, own, keep, mass, text):
-    """The blocks that need the codes twice: position matrices, clusters, redundancy, probes, table of latents."""
-    part = slice(0, s.sample.rows)
-    seg, codes = segment_ids(rows.doc_id[part], rows.valid[part]), sparse.vstack(s.sample.codes).tocsr()
-    varies, lags = keep & (s.lags.variance > 0), s.lags.lags
-    doc = np.where(seg >= 0, rows.doc_id[part].ravel(), -1)
-    tokens = rows.tokens[part].ravel() if rows.tokens is not None else None
-    names, topic, token = [], None, None
-    if rows.topics is not None:   # a document may go without a label
-        names, number = np.unique([label or "" for label in rows.topics], return_inverse=True)
-        topic = np.where((doc >= 0) & (names[number] != "")[doc], number[doc], -1)
-    if tokens is not None:   # identity of the 100 commonest tokens; rarer ones carry no measurable information
-        _, where, count = np.unique(tokens[doc >= 0], return_inverse=True, return_counts=True)
-        rank = np.argsort(np.argsort(-count, kind="stable"))[where]
-        token = np.full(len(tokens), -1)
-        token[doc >= 0] = np.where(rank < 100, rank, -1)
-
-    position, toeplitz = {"step": math.ceil(s.context / MATRIX_SIDE)}, {}
-    x = (block.reshape(-1, block.shape[-1]).double().numpy() for block in s.sample.x)
-    for name, blocks, sums, columns in (("codes", s.sample.codes, s.lags, varies), ("raw", x, raw, raw.variance > 0)):
-        matrix, count = position_matrix((b[:, columns] for b in blocks), seg, sums.mean[columns],
-                                        np.sqrt(sums.variance[columns]), s.context)
-        position[name], toeplitz[name] = plain(matrix, 5), toeplitzness(matrix, count)
-
-    name_tokens = lambda ids: [text(i) for i in ids]
-    latents, of, xy = np.flatnonzero(varies), np.full(len(keep), -1), np.zeros((varies.sum(), 2))
-    block = {"silhouette": None, "list": [], "ami": None}
-    if len(latents) >= 10:
-        block, of, xy = clusters(codes, latents, own, topic, token, tokens, mass, s.groups, lags, name_tokens)
-    W_dec, n = s.sae.W_dec.detach().float().cpu(), int((seg >= 0).sum())
-    listed = np.sort(np.argsort(-mass[latents], kind="stable")[:MAX_COMPARED])   # the heaviest of a very large dictionary
-    at, lag16 = latents[listed], max(k for k, lag in enumerate(lags) if lag <= 16)
-    table = {"index": at, "rate": own["rate"][at], "mass": s.fidelity.mass[at], "span": own["span"][at],
-             "autocorr_1": own["autocorr"][0, at], "autocorr_16": own["autocorr"][lag16, at],
-             "within_1": own["autocorr_within"][0, at], "eta2": own["eta2"][at], "cluster": of[at],
-             "x": xy[listed, 0], "y": xy[listed, 1]}
-    redundant = redundancy(codes, n, tokens, at, mass, of, W_dec, name_tokens)
-    crowd = np.isin(np.arange(len(keep)), redundant["together"])   # apart: the scores without them
-    redundant["together_mass_share"] = ratio(mass[crowd].sum(), mass.sum())
-    redundant["apart"] = {name: group_means(own[name][0], keep & ~crowd, mass, {"whole": slice(None)})["whole"]
-                          for name in ("autocorr", "autocorr_within")}
-    return {"position_corr": position | {"toeplitzness": toeplitz}, "clusters": block, "redundancy": redundant,
-            "latents": {k: plain(v, 3) for k, v in table.items()}, "timeline": timeline(codes, seg, rows, s.context, text),
-            "probes": probes(codes, doc, topic, names, tokens, text, s.groups)}
-
-
-# ------------------------------------------------------------------------------------------------ scoring a run
-
-
-def dataset_name(cfg):
-    """The key of final_info.json."""
-    return Path(cfg.acts).stem if getattr(cfg, "acts", "") else str(getattr(cfg, "dataset", "") or "default")
-
-
-def read_config(run_dir, exp, dtype=None, device=None):
-    """The run's Config, with the model's dtype or the device replaced on request."""
-    fields = read_json(Path(run_dir) / "config.json")
-    fields |= {k: v for k, v in (("dtype", dtype), ("device", device)) if v}
-    try:
-        return exp.Config(**fields)
-    except TypeError as err:
-        raise ValueError(f"{run_dir}/config.json does not fit the Config of its experiment.py ({err})") from None
-
-
-def find_seeds(run_dir, cfg):
-    """The run's seed_K directories in order of K; all of them must be there."""
-    found = sorted(Path(run_dir).glob("seed_*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1)
-    found = [p for p in found if (p / "sae_weights.safetensors").is_file()]
-    if len(found) != cfg.n_seeds:
-        raise ValueError(f"{run_dir} holds trained weights (seed_*/sae_weights.safetensors) for {len(found)} "
-                         f"of its {cfg.n_seeds} seeds")
+    One topic against the rest, on topics with 10 tokens or more on each side.
+    """
+    train, test = topic_sample(known, in_train)
+    a = codes[train]
+    b = codes[test]
+    found = {}
+    for number, name in enumerate(known.topic_names):
+        y_train = known.topic[train] == number
+        y_test = known.topic[test] == number
+        if enough(y_train, y_test, 10):
+            found[name] = sparse_probes(a, b, y_train, y_test, groups)
     return found
 
 
+def raw_token_topic(x, known, in_train):
+    """The same from k raw dimensions and from all of them, the ceiling. x (n,d_in) tensor.
+
+    -> {k or "all": mean AUROC over topics}. Dimensions are centred on the training side.
+    """
+    train, test = topic_sample(known, in_train)
+    a = x[train].double().numpy()
+    b = x[test].double().numpy()
+    centre = a.mean(0) if len(a) else 0
+    a = a - centre
+    b = b - centre
+    found = {}
+    every = []
+    for number, name in enumerate(known.topic_names):
+        y_train = known.topic[train] == number
+        y_test = known.topic[test] == number
+        if enough(y_train, y_test, 10):
+            found[name] = sparse_probes(a, b, y_train, y_test, {"raw": slice(None)})
+            every.append(probe_auroc(a, b, y_train, y_test))
+    means = mean_over_classes(found, ("raw",))["raw"]
+    return means | {"all": mean_or_nan(every)}
+
+
+def doc_topic(codes, known, in_train, groups):
+    """doc_topic_k: a document's topic from its mean code, on topics with 10 documents or more."""
+    valid = np.flatnonzero(known.doc > 0)
+    documents, first, which = np.unique(
+        known.doc[valid], return_index=True, return_inverse=True)
+    weight = 1 / np.bincount(which)[which]
+    shape = (len(documents), codes.shape[0])
+    mean = (sparse.csr_matrix((weight, (which, valid)), shape=shape) @ codes).tocsr()
+    topic = known.topic[valid[first]]
+    train = in_train[valid[first]]
+    found = {}
+    for number, name in enumerate(known.topic_names):
+        y = topic == number
+        if y.sum() >= 10 and enough(y[train], y[~train], 2):
+            found[name] = sparse_probes(mean[train], mean[~train], y[train], y[~train], groups)
+    return found
+
+
+def token_class(codes, known, in_train, text, groups):
+    """token_class_k: the class of a token from its code, CLASS_TOKENS a side at most."""
+    valid = known.doc > 0
+    sides = []
+    for side in (np.flatnonzero(valid & in_train), np.flatnonzero(valid & ~in_train)):
+        sides.append(side[::max(1, math.ceil(len(side) / CLASS_TOKENS))])
+    train, test = sides
+    ids, which = np.unique(known.ids, return_inverse=True)
+    found = {}
+    for name, member in token_classes([text(i) for i in ids.tolist()]).items():
+        y = member[which]
+        if enough(y[train], y[test], 2):
+            found[name] = sparse_probes(codes[train], codes[test], y[train], y[test], groups)
+    return found
+
+
+def document_id(codes, known):
+    """Which document is a token from? T-SAE's context probe (arXiv 2511.05541).
+
+    ID_DOCUMENTS documents at random of those with ID_LEAST valid tokens, the last ID_TOKENS of
+    each, split 75/25 at random over all tokens. Columns: the union over documents of the 5 latents
+    whose mean exceeds that of the other documents most, scaled by their deviation; one multinomial
+    probe (C = 0.1). All of it on the training side; the accuracy is the test side's.
+    """
+    documents, size = np.unique(known.doc[known.doc > 0], return_counts=True)
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(documents[size >= ID_LEAST])[:ID_DOCUMENTS]
+    out = {"accuracy": math.nan, "documents": len(chosen), "chance": ratio(1, len(chosen))}
+    if len(chosen) < 2:
+        return out
+    tokens = np.concatenate([np.flatnonzero(known.doc == number)[-ID_TOKENS:] for number in chosen])
+    y = np.repeat(np.arange(len(chosen)), ID_TOKENS)
+    order = rng.permutation(len(tokens))
+    cut = int(0.75 * len(tokens))
+    train = order[:cut]
+    test = order[cut:]
+    a = codes[tokens[train]]
+    picked = set()
+    for number in range(len(chosen)):
+        if (y[train] == number).any():
+            gap = class_gap(a, y[train] == number)
+            picked |= set(np.argsort(-gap, kind="stable")[:5].tolist())
+    columns = np.array(sorted(picked))
+    a = a[:, columns].toarray()
+    scale = deviation(a)
+    fit = LogisticRegression(max_iter=200, C=0.1).fit(a / scale, y[train])
+    b = codes[tokens[test]][:, columns].toarray()
+    out["accuracy"] = fit.score(b / scale, y[test])
+    return out
+
+
+def probes(codes, known, text, groups, raw):
+    """Every probe on the sample's codes (csr). raw: what raw_token_topic gave.
+
+    Documents are split 70/30 before anything else. Each value is a mean over classes.
+    """
+    in_train = split_documents(known.doc)
+    found = {
+        "token_topic": token_topic(codes, known, in_train, groups),
+        "doc_topic": doc_topic(codes, known, in_train, groups),
+        "token_class": {}}
+    if known.ids is not None:
+        found["token_class"] = token_class(codes, known, in_train, text, groups)
+    out = {kind: mean_over_classes(classes, groups) for kind, classes in found.items()}
+    by_class = {}
+    for kind, classes in found.items():
+        by_class[kind] = {name: values["whole"] for name, values in classes.items()}
+    return out | {
+        "raw": {"token_topic": raw}, "document_id": document_id(codes, known),
+        "by_class": by_class}
+
+
+# --------------------------------------------------------------------------------------------------
+# How slow could a read-out be, and do codes switch where the document does?
+# --------------------------------------------------------------------------------------------------
+
+
+def lagged_moments(blocks, seg, lag):
+    """Moments over the tokens and the pairs with seg >= 0. blocks: (n,d) tensors of whole rows.
+
+    -> mean (d,), covariance C(0) (d,d), lagged covariance C(lag) (d,d), symmetrised; both around
+    the mean over tokens. None where there is no pair. Summed block by block in float64.
+    """
+    d = blocks[0].shape[1]
+    power = np.zeros((d, d))
+    product = np.zeros((d, d))
+    sums = np.zeros((3, d))  # of all tokens, of left ends, of right ends
+    tokens = 0
+    pairs = 0
+    start = 0
+    for block in blocks:
+        s = seg[start:start + len(block)]
+        start += len(block)
+        x = block.double().numpy()
+        inside = x[s >= 0]
+        left = pairs_at(s, lag)
+        power += inside.T @ inside
+        product += x[left].T @ x[left + lag]
+        sums += [inside.sum(0), x[left].sum(0), x[left + lag].sum(0)]
+        tokens += len(inside)
+        pairs += len(left)
+    if pairs == 0:
+        return None
+    mean = sums[0] / tokens
+    covariance = power / tokens - np.outer(mean, mean)
+    lagged = product / pairs - np.outer(sums[1] / pairs, mean) - np.outer(mean, sums[2] / pairs)
+    lagged += np.outer(mean, mean)
+    return mean, covariance, (lagged + lagged.T) / 2
+
+
+def slow_directions(moments, n):
+    """(d,n) slowest directions: the first n generalised eigenvectors of C(lag) against C(0).
+
+    Slow feature analysis (Wiskott & Sejnowski 2002; Blaschke et al. 2006); C(0) is regularised by
+    1e-4 of its mean eigenvalue.
+    """
+    _, covariance, lagged = moments
+    d = len(covariance)
+    ridge = 1e-4 * np.trace(covariance) / d
+    _, vectors = scipy.linalg.eigh(
+        lagged, covariance + ridge * np.eye(d), subset_by_index=[d - n, d - 1])
+    return vectors[:, ::-1]
+
+
+def linear_limit(x, known, lags):
+    """How long the slowest linear read-outs of one token last: what a code could reach.
+
+    x (n,d) tensor: the sample's raw activations.
+    Directions are fitted at LIMIT_LAG on one half of the documents (at random) and scored on the
+    other: their autocorrelation (pooled, centred globally) at each lag, mean over the first 10, 50
+    and 100. NaN where there are fewer dimensions, or no pair in a half.
+    """
+    d = x.shape[1]
+    blocks = x.split(BATCH_ROWS * known.context)
+    out = {"lags": lags, "fitted_at": LIMIT_LAG, "mean": {}}
+    for n in LIMIT_FIRST:
+        out["mean"][str(n)] = [math.nan] * len(lags)
+    documents = np.unique(known.doc[known.doc > 0])
+    half = np.random.default_rng(0).permutation(len(documents)) < len(documents) / 2
+    fitted = np.isin(known.doc, documents[half])
+    moments = None
+    if LIMIT_LAG in lags:
+        moments = lagged_moments(blocks, np.where(fitted, known.seg, -1), LIMIT_LAG)
+    if moments is None or not np.trace(moments[1]) > 0:
+        return out
+    directions = slow_directions(moments, min(max(LIMIT_FIRST), d))
+    z = [(block.double().numpy() - moments[0]) @ directions for block in blocks]
+    z = np.concatenate(z)
+    seg = np.where(fitted, -1, known.seg)
+    for k, lag in enumerate(lags):
+        left = pairs_at(seg, lag)
+        a = z[left]
+        b = z[left + lag]
+        sums = [(a * b).sum(0), a.sum(0), b.sum(0), (a * a).sum(0), (b * b).sum(0)]
+        rho = pearson(*sums, np.array(len(left)))
+        for n in LIMIT_FIRST:
+            if n <= d:
+                out["mean"][str(n)][k] = np.mean(rho[:n])
+    return out
+
+
+def boundary_places(known):
+    """Places between EDGE valid tokens before and EDGE after. -> (p,EDGE), (p,EDGE), (p,) joins
+
+    A join lies between two segments that follow each other in a row; a place inside lies every EDGE
+    valid tokens of a segment.
+    """
+    segments = tokens_of_segments(known.seg)
+    before = []
+    after = []
+    joins = []
+    for number, tokens in enumerate(segments):
+        for cut in range(EDGE, len(tokens) - EDGE + 1, EDGE):
+            before.append(tokens[cut - EDGE:cut])
+            after.append(tokens[cut:cut + EDGE])
+            joins.append(False)
+        if number + 1 == len(segments):
+            continue
+        following = segments[number + 1]
+        same_row = tokens[0] // known.context == following[0] // known.context
+        if same_row and min(len(tokens), len(following)) >= EDGE:
+            before.append(tokens[-EDGE:])
+            after.append(following[:EDGE])
+            joins.append(True)
+    before = np.array(before, int).reshape(-1, EDGE)
+    after = np.array(after, int).reshape(-1, EDGE)
+    return before, after, np.array(joins, bool)
+
+
+def mean_over(values, places):
+    """values (n,d) csr, or a tensor; places (p,EDGE) -> (p,d) mean of each place's lines."""
+    if torch.is_tensor(values):
+        total = sum(values[places[:, step]].double() for step in range(EDGE))
+        return total.numpy() / EDGE
+    p = len(places)
+    where = (np.repeat(np.arange(p), EDGE), places.ravel())
+    pick = sparse.csr_matrix((np.full(p * EDGE, 1 / EDGE), where), shape=(p, values.shape[0]))
+    return pick @ values
+
+
+def cosine_distance(a, b):
+    """1 - cos of each line of a with that of b (csr or dense); 1 where a line is zero."""
+    if sparse.issparse(a):
+        dot = np.asarray(a.multiply(b).sum(1)).ravel()
+        size = sparse.linalg.norm(a, axis=1) * sparse.linalg.norm(b, axis=1)
+    else:
+        dot = (a * b).sum(1)
+        size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return 1 - np.where(size > 0, dot / np.where(size > 0, size, 1), 0)
+
+
+def boundary_auroc(values, places, centre=0):
+    """AUROC with which the distance of the mean before and after tells joins from insides.
+
+    values: csr codes, or raw activations as a tensor, from whose means `centre` (d,) is taken.
+    """
+    before, after, joins = places
+    if joins.all() or not joins.any():
+        return math.nan
+    a = mean_over(values, before)
+    b = mean_over(values, after)
+    if torch.is_tensor(values):
+        a = a - centre
+        b = b - centre
+    return roc_auc_score(joins, cosine_distance(a, b))
+
+
+def boundary(codes, known, groups, raw):
+    """boundary: does the mean code of 8 tokens change more at a join than inside a document?
+
+    codes csr of the sample; raw: the AUROC of raw activations. The headline is the lead's.
+    """
+    places = boundary_places(known)
+    out = {group: boundary_auroc(codes[:, part], places) for group, part in groups.items()}
+    joins = int(places[2].sum())
+    return out | {"raw": raw, "joins": joins, "inside": len(places[2]) - joins}
+
+
+# --------------------------------------------------------------------------------------------------
+# One pass over the rows
+# --------------------------------------------------------------------------------------------------
+
+
+def to_csr(acts):
+    """(n,d) tensor -> scipy csr in float64; only what is not zero leaves the device."""
+    token, latent = acts.nonzero(as_tuple=True)
+    values = acts[token, latent].cpu().double().numpy()
+    size = torch.bincount(token, minlength=len(acts)).cpu().numpy()
+    indptr = np.concatenate([[0], np.cumsum(size)])
+    return sparse.csr_matrix((values, latent.cpu().numpy(), indptr), shape=tuple(acts.shape))
+
+
+class Scorer:
+    """All streamed sums of one SAE, and the sample of its codes."""
+
+    def __init__(self, sae, n_lead, lags, context):
+        d_sae = sae.W_dec.shape[0]
+        self.sae = sae
+        self.n_lead = n_lead
+        self.context = context
+        self.groups = {
+            "whole": slice(0, d_sae), "lead": slice(0, n_lead), "rest": slice(n_lead, d_sae)}
+        self.fidelity = Fidelity(sae.W_dec)
+        self.lags = LagSums(d_sae, lags, context)
+        self.neighbours = Neighbours(n_lead)
+        # the null: tokens permuted inside their segments
+        self.null_lags = LagSums(d_sae, lags, context)
+        self.null_neighbours = Neighbours(n_lead)
+        self.sample = Sample()
+
+    def update(self, x, seg, shuffled):
+        """x (B*T,d_in) float32 on the SAE's device; seg (B*T,); shuffled (B*T,) permutation."""
+        valid = torch.from_numpy(seg >= 0).to(x.device)
+        acts = self.sae.encode(x)
+        x_hat = self.sae.decode(acts, x)
+        if not torch.isfinite(x_hat[valid]).all():
+            raise ValueError("the SAE gives NaN or infinity on these activations")
+        codes = to_csr(acts * valid[:, None])
+        row_of_token = np.arange(len(seg)) // self.context
+        if valid.any():
+            self.fidelity.update(x[valid], x_hat[valid], codes, row_of_token)
+            raw = x.cpu().numpy()
+            permuted = codes[shuffled]
+            self.lags.update(codes, seg)
+            self.neighbours.update(codes, raw, seg, self.context)
+            self.null_lags.update(permuted, seg)
+            self.null_neighbours.update(permuted, raw[shuffled], seg, self.context)
+        self.sample.update(codes, len(seg) // self.context)
+
+
+def leave_out_sinks(rows, read):
+    """Rows with doc 0 at tokens whose activation is no feature of the text, and their number.
+
+    The rule of training: attention sinks, whose norm is above prepare.sink_limit of the ordinary
+    tokens' norms, and zero activations.
+    """
+    norms = np.zeros(rows.doc.shape)
+    for start in range(0, len(rows.doc), BATCH_ROWS):
+        x = read(start, start + BATCH_ROWS)
+        norms[start:start + BATCH_ROWS] = x.float().norm(dim=-1).cpu().numpy()
+    valid = rows.doc > 0
+    if not valid.any():
+        raise ValueError("the rows hold no ordinary token to score")
+    if not np.isfinite(norms[valid]).all():
+        raise ValueError("the held-out activations hold NaN or infinity")
+    out = valid & ((norms > prepare.sink_limit(norms[valid])) | (norms == 0))
+    if (out == valid).all():
+        raise ValueError("the rows hold no ordinary token to score: all activations are 0")
+    return rows._replace(doc=np.where(out, 0, rows.doc).astype(np.int32)), int(out.sum())
+
+
+@torch.inference_mode()
+def stream(rows, read, saes, n_lead):
+    """One pass over the rows for all seeds.
+
+    -> Scorer of each SAE, LagSums of the raw activations, (n,d_in) raw activations of the sample
+    """
+    context = rows.doc.shape[1]
+    lags = tuple(lag for lag in LAGS if lag < context)
+    scorers = [Scorer(sae, n_lead, lags, context) for sae in saes]
+    raw = LagSums(saes[0].W_dec.shape[1], lags, context)
+    device = saes[0].W_dec.device
+    rng = np.random.default_rng(0)
+    kept = []
+    starts = range(0, len(rows.doc), BATCH_ROWS)
+    for start in tqdm(starts, desc="activations and codes", leave=False, disable=None):
+        x = read(start, start + BATCH_ROWS)
+        x = x.reshape(-1, x.shape[-1])
+        seg = segment_ids(rows.doc[start:start + BATCH_ROWS])
+        shuffled = permute_segments(seg, rng)  # the same for every seed and run
+        if start < SAMPLE_ROWS:
+            kept.append(x.cpu())
+        if (seg >= 0).any():
+            inside = x.cpu().double().numpy() * (seg >= 0)[:, None]
+            raw.update(sparse.csr_matrix(inside), seg)
+        x = x.to(device).float()
+        for scorer in scorers:
+            scorer.update(x, seg, shuffled)
+    return scorers, raw, torch.cat(kept)[:SAMPLE_ROWS * context]
+
+
+# --------------------------------------------------------------------------------------------------
+# consistency.json
+# --------------------------------------------------------------------------------------------------
+
+NO_VALUE = f"no pair of tokens, or no latent with {MIN_FIRINGS} firings that varies"
+NULL_REASONS = {  # why a value may be null, by the top-level key it stands under
+    "decay_length": "no correlation above 0 at lag 1, or it never falls below 1/e of that",
+    "decay_length_raw": "no correlation above 0 at lag 1, or it never falls below 1/e of that",
+    "position_corr": "no row holds the two positions in one document, or no latent was scored",
+    "clusters": "no topic labels, no token identities, or fewer than 10 latents were scored",
+    "probes": "no topic labels, no tokens, or too few examples of a class on a side of the split",
+    "linear_limit": "fewer dimensions than directions, or no pair at that lag in a half",
+    "boundary": "no row joins two documents with 8 tokens each, or no place lies inside one"}
+
+
+class RawScores(NamedTuple):
+    """What the raw activations alone give: the same for every SAE on these rows."""
+
+    sums: LagSums
+    x: torch.Tensor  # (n,d_in) of the sample
+    limit: dict  # linear_limit
+    token_topic: dict
+    boundary: float
+    position: tuple  # position_matrix of the activations
+
+
+def raw_scores(sums, x, rows):
+    """RawScores of the rows that x (n,d_in) holds."""
+    context = rows.doc.shape[1]
+    known = sample_tokens(rows.cut(0, len(x) // context))
+    in_train = split_documents(known.doc)
+    varies = sums.variance > 0
+    scale = np.sqrt(sums.variance[varies])
+    blocks = (block.double().numpy()[:, varies] for block in x.split(BATCH_ROWS * context))
+    position = position_matrix(blocks, known.seg, sums.mean[varies], scale, context)
+    topic = raw_token_topic(x, known, in_train)
+    edge = boundary_auroc(x, boundary_places(known), sums.mean)
+    limit = linear_limit(x, known, sums.lags)
+    return RawScores(sums, x, limit, topic, edge, position)
+
+
+def latent_stats(scorer):
+    """Per-latent values (d_sae,) or (L,d_sae) of the codes in their order."""
+    fires = scorer.fidelity.fires
+    sums = scorer.lags
+    context = scorer.context
+    stats = pair_stats(sums, fires)
+    eighth = np.arange(context) * 8 // context
+    by_eighth = np.zeros((8, len(fires)))
+    for part in range(8):
+        here = eighth == part
+        tokens = max(sums.position_tokens[here].sum(), 1)
+        by_eighth[part] = np.abs(sums.by_position[here]).sum(0) / tokens
+    stats["rate"] = fires / scorer.fidelity.tokens
+    stats["mass"] = fires.astype(float)  # how often, not how strongly: no scale enters
+    stats["keep"] = fires >= MIN_FIRINGS
+    stats["eighths"] = by_eighth / np.maximum(by_eighth.sum(0), 1e-12)
+    stats["eta2"] = 1 - stats["position_invariance"]
+    stats["eta2_chance"] = (context - 1) / scorer.fidelity.tokens
+    return stats
+
+
+def pair_stats(sums, fires):
+    """The values of a LagSums, by their names in consistency.json."""
+    return {
+        "autocorr": sums.autocorr(), "autocorr_within": sums.autocorr_within(),
+        "persistence": sums.persistence(), "kappa": sums.kappa(fires),
+        "span": sums.span(fires), "position_invariance": 1 - sums.eta2()}
+
+
+def pair_blocks(stats, neighbours, scorer, suffix):
+    """The blocks of consistency.json that have a null, under their names + suffix."""
+    keep = scorer.fidelity.fires >= MIN_FIRINGS
+    mass = scorer.fidelity.fires.astype(float)
+    out = {}
+    for name, value in stats.items():
+        out[name + suffix] = group_means(value, keep, mass, scorer.groups)
+    for group, part in scorer.groups.items():
+        spans = stats["span"][part][keep[part]]
+        spans = np.sort(spans[np.isfinite(spans)])
+        out["span" + suffix][group]["top100"] = mean_or_nan(spans[-100:])
+    out["support_jaccard" + suffix] = by_group_mean(neighbours.jaccard)
+    out["smoothness_S" + suffix] = by_group_mean(neighbours.smoothness)
+    out["S_sum" + suffix] = by_group_mean(neighbours.roughness)
+    return out
+
+
+def consistency_json(scorer, raw, rows, record, text):
+    """Every consistency value of one seed; each mean with its null beside it.
+
+    -> (the contents of consistency.json, latent_stats)
+    """
+    lags = scorer.lags.lags
+    fires = scorer.fidelity.fires
+    stats = latent_stats(scorer)
+    keep = stats["keep"]
+    mass = stats["mass"]
+    groups = {}
+    for group, part in scorer.groups.items():
+        share = ratio(mass[part].sum(), mass.sum())
+        groups[group] = {"latents": len(keep[part]), "scored": keep[part].sum(), "mass_share": share}
+    out = {
+        "hashes": record["hashes"], "scored_on": record["scored_on"],
+        "counts": record["counts"] | {"sample_rows": scorer.sample.rows},
+        "lags": lags, "groups": groups}
+    null = pair_stats(scorer.null_lags, fires)
+    out |= pair_blocks(null, scorer.null_neighbours, scorer, "_null")
+    own = {name: stats[name] for name in null}
+    out |= pair_blocks(own, scorer.neighbours, scorer, "")
+    out["latents_a_row"] = by_group_mean(scorer.neighbours.latents)
+    out["autocorr_best"] = {
+        "n": scorer.n_lead, "mean": best_means(stats["autocorr"], keep, scorer.n_lead)}
+    every = {"raw": slice(None)}
+    for name, value in (
+            ("autocorr_raw", raw.sums.autocorr()),
+            ("autocorr_within_raw", raw.sums.autocorr_within())):  # the ceiling
+        kept = np.ones(value.shape[1], bool)
+        out[name] = group_means(value, kept, raw.sums.variance, every)["raw"]
+    out["decay_length"] = {}
+    for group in GROUPS:
+        curves = out["autocorr"][group]
+        out["decay_length"][group] = {
+            kind: decay_length(curve, lags) for kind, curve in curves.items()}
+    out["decay_length_raw"] = {
+        kind: decay_length(curve, lags) for kind, curve in out["autocorr_raw"].items()}
+    out["linear_limit"] = raw.limit
+    out |= sample_blocks(scorer, raw, rows, stats, text)
+    counted, edges = np.histogram(np.log10(stats["rate"][fires > 0]), bins=24, range=(-6, 0))
+    out["density_histogram"] = {
+        "log10_edges": edges, "counts": counted, "dead": (fires == 0).sum()}
+    out = plain(out, 6)
+    notes = dict(record["notes"])
+    for key, value in out.items():
+        if has_null(value):
+            notes[key] = NULL_REASONS.get(key, NO_VALUE)
+    out["notes"] = notes
+    return out, stats
+
+
+def common_tokens(known, n=100):
+    """(n_tokens,) rank of each token's id among the n commonest, -1 for rarer ones or no text.
+
+    Rarer ones carry no measurable information.
+    """
+    if known.ids is None:
+        return None
+    valid = known.doc > 0
+    _, where, count = np.unique(known.ids[valid], return_inverse=True, return_counts=True)
+    rank = np.argsort(np.argsort(-count, kind="stable"))[where]
+    token = np.full(len(known.ids), -1)
+    token[valid] = np.where(rank < n, rank, -1)
+    return token
+
+
+def sample_blocks(scorer, raw, rows, stats, text):
+    """The blocks of consistency.json that need the codes twice."""
+    known = sample_tokens(rows.cut(0, scorer.sample.rows))
+    codes = sparse.vstack(scorer.sample.blocks).tocsr()
+    columns = codes.tocsc()
+    keep = stats["keep"]
+    mass = stats["mass"]
+    lags = scorer.lags.lags
+    varies = keep & (scorer.lags.variance > 0)
+    latents = np.flatnonzero(varies)
+    scale = np.sqrt(scorer.lags.variance[varies])
+    blocks = (block[:, latents] for block in scorer.sample.blocks)
+    matrix, count = position_matrix(
+        blocks, known.seg, scorer.lags.mean[varies], scale, scorer.context)
+    toeplitz = {"codes": toeplitzness(matrix, count), "raw": toeplitzness(*raw.position)}
+    position = {
+        "step": math.ceil(scorer.context / MATRIX_SIDE), "codes": plain(matrix, 5),
+        "raw": plain(raw.position[0], 5), "toeplitzness": toeplitz}
+
+    topic = known.topic
+    if not known.topic_names:
+        topic = None
+    labels = {"topic": topic, "token": common_tokens(known)}
+    empty = {"silhouette": None, "list": [], "ami": None}
+    found = Clusters(empty, np.full(len(keep), -1), np.zeros((len(latents), 2)))
+    if len(latents) >= 10:
+        found = clusters(
+            codes, columns, latents, stats, labels, known.ids, scorer.groups, lags, text)
+    # of a very large dictionary the heaviest latents only
+    listed = np.sort(np.argsort(-mass[latents], kind="stable")[:MAX_COMPARED])
+    at = latents[listed]
+    n_valid = int((known.doc > 0).sum())
+    W_dec = scorer.sae.W_dec.cpu()
+    same = redundancy(codes, n_valid, columns, known.ids, at, mass, found.of, W_dec, text)
+    crowd = np.isin(np.arange(len(keep)), same.together)
+    same.block["together_mass_share"] = ratio(mass[crowd].sum(), mass.sum())
+    same.block["apart"] = {}  # the scores without them
+    for name in ("autocorr", "autocorr_within"):
+        apart = group_means(stats[name][0], keep & ~crowd, mass, {"whole": slice(None)})
+        same.block["apart"][name] = apart["whole"]
+    lag16 = max(k for k, lag in enumerate(lags) if lag <= 16)
+    table = {
+        "index": at, "rate": stats["rate"][at], "mass": scorer.fidelity.mass[at],
+        "span": stats["span"][at], "autocorr_1": stats["autocorr"][0, at],
+        "autocorr_16": stats["autocorr"][lag16, at], "within_1": stats["autocorr_within"][0, at],
+        "eta2": stats["eta2"][at], "cluster": found.of[at], "partner": same.partner[at],
+        "partner_corr": same.partner_corr[at], "x": found.xy[listed, 0], "y": found.xy[listed, 1]}
+    return {
+        "position_corr": position, "clusters": found.block, "redundancy": same.block,
+        "latents": {name: plain(value, 3) for name, value in table.items()},
+        "probes": probes(codes, known, text, scorer.groups, raw.token_topic),
+        "boundary": boundary(codes, known, scorer.groups, raw.boundary)}
+
+
+# --------------------------------------------------------------------------------------------------
+# final_info.json: the headline
+# --------------------------------------------------------------------------------------------------
+
+
+def at_lag(consistency, curve, lag):
+    """Value of a curve over lags at one of them; None where the rows are too short for it."""
+    if lag not in consistency["lags"]:
+        return None
+    return curve[consistency["lags"].index(lag)]
+
+
+def difference(a, b):
+    """a - b; None where one of them is null."""
+    if a is None or b is None:
+        return None
+    return a - b
+
+
 def headline(core, consistency):
-    """The flat names of final_info.json; a null is left out by the caller."""
-    ours, c = core["eval_result_unstructured"]["ours"], consistency
-    return {**{k: ours[k] for k in CORE_KEYS}, "autocorr_1": c["autocorr"]["whole"]["mean"][0],
-            "autocorr_1_mass": c["autocorr"]["whole"]["mass"][0],
-            "autocorr_within_1": c["autocorr_within"]["whole"]["mean"][0], "support_jaccard": c["support_jaccard"]["whole"],
-            "kappa_1": c["kappa"]["whole"]["mean"][0], "smoothness_S": c["smoothness_S"]["whole"],
-            "span": c["span"]["whole"]["mean"], "probe_topic_5": c["probes"]["topic"]["whole"]["5"],
-            "probe_token_5": c["probes"]["token"]["whole"]["5"], "together_mass_share": c["redundancy"]["together_mass_share"],
-            "autocorr_1_apart": c["redundancy"]["apart"]["autocorr"]["mean"],
-            "autocorr_1_mass_apart": c["redundancy"]["apart"]["autocorr"]["mass"],
-            "autocorr_within_1_apart": c["redundancy"]["apart"]["autocorr_within"]["mean"]}
+    """The flat names of final_info.json and their values for one seed; None is left out later."""
+    c = consistency
+    probes_5 = {}
+    for kind in ("token_topic", "doc_topic", "token_class"):
+        for group in GROUPS:
+            probes_5[kind, group] = c["probes"][kind][group]["5"]
+    rho = c["autocorr"]
+    apart = c["redundancy"]["apart"]
+    ours = core["eval_result_unstructured"]["ours"]
+    out = {name: ours[name] for name in CORE_KEYS}
+    return out | {
+        "autocorr_1": rho["whole"]["mean"][0],
+        "autocorr_1_mass": rho["whole"]["mass"][0],
+        "autocorr_within_1": c["autocorr_within"]["whole"]["mean"][0],
+        "autocorr_16": at_lag(c, rho["whole"]["mean"], 16),
+        "autocorr_16_lead": at_lag(c, rho["lead"]["mean"], 16),
+        "autocorr_16_rest": at_lag(c, rho["rest"]["mean"], 16),
+        "autocorr_16_best": at_lag(c, c["autocorr_best"]["mean"], 16),
+        "support_jaccard": c["support_jaccard"]["whole"],
+        "kappa_1": c["kappa"]["whole"]["mean"][0],
+        "smoothness_S": c["smoothness_S"]["whole"],
+        "S_sum": c["S_sum"]["whole"],
+        "latents_a_row": c["latents_a_row"]["whole"],
+        "span": c["span"]["whole"]["mean"],
+        "token_topic_5": probes_5["token_topic", "whole"],
+        "token_topic_5_lead": probes_5["token_topic", "lead"],
+        "token_topic_5_rest": probes_5["token_topic", "rest"],
+        "doc_topic_5": probes_5["doc_topic", "whole"],
+        "document_id": c["probes"]["document_id"]["accuracy"],
+        "token_class_5": probes_5["token_class", "whole"],
+        "token_class_20": c["probes"]["token_class"]["whole"]["20"],
+        "separation_topic": difference(
+            probes_5["token_topic", "lead"], probes_5["token_topic", "rest"]),
+        "separation_token": difference(
+            probes_5["token_class", "rest"], probes_5["token_class", "lead"]),
+        "boundary": c["boundary"]["lead"],
+        "redundant_share": c["redundancy"]["share_above_0.9"],
+        "together": len(c["redundancy"]["together"]),
+        "together_mass_share": c["redundancy"]["together_mass_share"],
+        "autocorr_1_apart": apart["autocorr"]["mean"],
+        "autocorr_1_mass_apart": apart["autocorr"]["mass"],
+        "autocorr_within_1_apart": apart["autocorr_within"]["mean"]}
 
 
 def summarise(per_seed, mcc):
-    """Means, standard errors (ddof 1; none for a single seed) and raw values. A metric null for a seed is left out."""
-    raw = {k: [h[k] for h in per_seed] for k in per_seed[0]}
-    raw = {k: v for k, v in raw.items() if None not in v}
-    n = len(per_seed)
-    stderrs = {k: float(np.std(v, ddof=1) / math.sqrt(n)) for k, v in raw.items()} if n > 1 else {}
-    if mcc:
-        raw["pw_mcc"] = mcc   # one value a PAIR of seeds; pairs share seeds, so no standard error
-    return {"means": {k: float(np.mean(v)) for k, v in raw.items()}, "stderrs": stderrs, "final_info_dict": raw}
+    """Means, standard errors (ddof 1; none for one seed) and raw values of the headline.
 
-
-def load_inputs(exp, cfg, rows_file, reconstruction_rows):
-    """The rows and what yields their activations. -> (model or None, id -> text, CE rows, other rows, acts or None)
-
-    The variance rows' activations come from the cache that the run's experiment.py keeps; the model is loaded only if
-    they cannot or if there are CE rows."""
-    if getattr(cfg, "acts", ""):
-        if rows_file:
-            raise ValueError("--rows needs a language model, but this run was trained on an activations file")
-        x, doc_id, valid = exp.load_acts(cfg, "eval")
-        return None, None, Rows(None, doc_id[:0], valid[:0], None), Rows(None, doc_id, valid, None), x
-    tokens = read_rows(rows_file) if rows_file else None
-    caches = hasattr(exp, "fits_cache")   # an older experiment.py does not
-    config, tokenizer = exp.load_tokenizer(cfg) if caches else ((lm := exp.load_lm(cfg))[0].config, lm[1])
-    rows = label_tokens(tokens, tokenizer) if rows_file else Rows(*exp.load_rows(cfg, tokenizer, "eval"))
-    check_tokens(rows.tokens, config.get_text_config(), tokenizer)
-    if not 0 <= reconstruction_rows < len(rows.tokens):
-        raise ValueError(f"{reconstruction_rows} rows for CE/KL leave none of the {len(rows.tokens)} rows for the other metrics")
-    for_ce, rest = (Rows(rows.tokens[p], rows.doc_id[p], rows.valid[p], rows.topics)
-                    for p in (slice(0, reconstruction_rows), slice(reconstruction_rows, None)))
-    cached = caches and not rows_file and exp.fits_cache(cfg, config, rest.tokens)
-    acts = exp.cached_residuals(cfg, rest.tokens, BATCH_ROWS) if cached else None
-    model = None if cached and not reconstruction_rows else exp.load_lm(cfg)[0]
-    return model, token_text(tokenizer), for_ce, rest, acts
-
-
-def evaluate_run(run_dir, exp, *, rows_file=None, reconstruction_rows=None, dtype=None, out=None, device=None):
-    """Scores every seed of a run and writes core.json, consistency.json and final_info.json; returns final_info's dict.
-
-    exp: the module that made the run (Config, load_lm, load_tokenizer, load_sae, load_rows, residuals,
-    fits_cache, cached_residuals, decoder_blocks, load_acts, pick_device, pick_dtype).
-    The files go into `out` if given, else into the run. All seeds share one pass over the rows.
+    per_seed: one headline() each; a value that is None for some seed is left out. mcc: pw_mcc().
     """
-    run_dir, out = Path(run_dir), Path(out or run_dir)
-    cfg = read_config(run_dir, exp, dtype, device)
-    seed_dirs = find_seeds(run_dir, cfg)
-    n_ce = cfg.reconstruction_rows if reconstruction_rows is None else reconstruction_rows
-    weights = [sha256(d / "sae_weights.safetensors") for d in seed_dirs]
-    saes = [exp.load_sae(d) for d in seed_dirs]    # before the slow part: a broken file is refused at once
-    model, text, ce_rows, rows, acts = load_inputs(exp, cfg, rows_file, n_ce)
-    where = "cpu" if rows.tokens is None else exp.pick_device(cfg.device)
-    if where != "cpu":
-        saes = [exp.load_sae(d, device=where) for d in seed_dirs]
-    fraction = cfg.temporal_fraction if 0 < cfg.temporal_fraction < 1 else 0.2
-    n_high = round(fraction * saes[0].W_dec.shape[0])
+    raw = {}
+    for name in per_seed[0]:
+        values = [seed[name] for seed in per_seed]
+        if None not in values:
+            raw[name] = values
+    stderrs = {}
+    n = len(per_seed)
+    if n > 1:
+        for name, values in raw.items():
+            stderrs[name] = float(np.std(values, ddof=1) / math.sqrt(n))
+    if mcc:
+        raw["pw_mcc"] = mcc  # one value a PAIR of seeds; pairs share seeds, so no standard error
+    means = {name: float(np.mean(values)) for name, values in raw.items()}
+    return {"means": means, "stderrs": stderrs, "final_info_dict": raw}
 
-    behaviour, notes = [None] * len(saes), {}
-    if rows.tokens is None:
-        notes["ce_loss_score, kl_div_score"] = "scored on given activations: there is no language model to run"
-    elif not ce_rows.valid.any():
-        notes["ce_loss_score, kl_div_score"] = "no row with an ordinary token was set aside for them"
+
+# --------------------------------------------------------------------------------------------------
+# latents.json: what a page about the latents shows
+# --------------------------------------------------------------------------------------------------
+
+PAGE_TOKENS = 65_536  # tokens of the rows that the page can show
+PAGE_LATENTS = 4096  # latents listed at most
+PUSHED_UP = 8  # tokens named that a latent's decoder row raises most
+BEFORE, AFTER = 16, 8  # tokens of a passage on each side of the one it is chosen for
+QUANTILES = (("90%", 0.9), ("50%", 0.5), ("10%", 0.1))
+TEXTS = 6  # passages whose codes are saved whole, besides one that joins two documents
+
+
+@torch.inference_mode()
+def pushed_up(lm, W_dec, latents, text):
+    """The tokens that each latent's decoder row raises most through the unembedding.
+
+    The final norm is left out: it would need the rest of the residual stream. -> list of lists
+    """
+    head = lm.get_output_embeddings()
+    if head is None:
+        return [[] for _ in latents]
+    found = []
+    for start in range(0, len(latents), 256):
+        rows = W_dec[torch.from_numpy(latents[start:start + 256]).to(W_dec.device)]
+        logits = rows.to(head.weight.device, head.weight.dtype) @ head.weight.T
+        top = logits.topk(min(PUSHED_UP, logits.shape[1]), dim=1).indices
+        found += top.cpu().tolist()
+    return [[text(token) for token in tokens] for tokens in found]
+
+
+def topic_preference(codes, topic, n_topics):
+    """The topic that each latent prefers, and its firing rate there over its rate everywhere.
+
+    Preferred: the topic in which it fires most beyond what its share of the tokens would give,
+    counted in standard deviations of that number. -> (d_sae,) topic or -1, (d_sae,) lift
+    """
+    known = topic >= 0
+    place = (topic[known], np.flatnonzero(known))
+    one_hot = sparse.csr_matrix((np.ones(known.sum()), place), shape=(n_topics, len(topic)))
+    on = sparse.csr_matrix((np.ones(codes.nnz), codes.indices, codes.indptr), shape=codes.shape)
+    fires = (one_hot @ on).toarray()
+    share = np.bincount(topic[known], minlength=n_topics) / max(known.sum(), 1)
+    expected = share[:, None] * fires.sum(0)
+    beyond = (fires - expected) / np.sqrt(np.maximum(expected, 1e-12))
+    if n_topics == 0:
+        return np.full(codes.shape[1], -1), np.full(codes.shape[1], math.nan)
+    best = beyond.argmax(0)
+    every = np.arange(codes.shape[1])
+    fired = fires.sum(0) > 0
+    lift = fires[best, every] / np.where(fired, expected[best, every], 1)
+    return np.where(fired, best, -1), np.where(fired, lift, math.nan)
+
+
+def pick_firings(value, doc, place, n_top=5):
+    """Which firings of one latent to show. value (m,) activations, doc (m,) their documents.
+
+    The n_top highest, each of another document while there are such, else of another `place`; then
+    the firing nearest to each quantile, in a document not shown yet if there is one.
+    -> [(index, name)]
+    """
+    order = np.argsort(-value, kind="stable")
+    chosen = []
+    for label in (doc, place):
+        unused = order[~np.isin(label[order], label[chosen])]
+        _, first = np.unique(label[unused], return_index=True)
+        chosen += unused[np.sort(first)][:n_top - len(chosen)].tolist()
+    named = [(index, "top") for index in chosen]
+    for name, q in QUANTILES:
+        free = np.flatnonzero(~np.isin(doc, doc[chosen]))
+        if len(free) == 0:
+            free = np.setdiff1d(np.arange(len(value)), chosen)
+        if len(free) == 0:
+            break
+        index = int(free[np.abs(value[free] - np.quantile(value, q)).argmin()])
+        chosen.append(index)
+        named.append((index, name))
+    return named
+
+
+def levels(value, peak):
+    """Activations as whole numbers 0..99 of `peak`; what fires is at least 1."""
+    return np.ceil(99 * np.clip(value / peak, 0, 1)).astype(int).tolist()
+
+
+class Page:
+    """The rows, documents and tokens that latents.json holds, and the passages in them.
+
+    Positions count from the row's start; from..to is half-open, as in Python.
+    """
+
+    def __init__(self, rows, scorer, text):
+        context = rows.doc.shape[1]
+        n_rows = min(scorer.sample.rows, max(1, PAGE_TOKENS // context))
+        self.context = context
+        self.known = sample_tokens(rows.cut(0, n_rows))
+        codes = sparse.vstack(scorer.sample.blocks).tocsr()
+        self.codes = codes[:n_rows * context]
+        self.columns = self.codes.tocsc()
+        self.columns.sort_indices()
+        self.segments = [  # (row, from, to) of each segment
+            (int(tokens[0]) // context, int(tokens[0]) % context, int(tokens[-1]) % context + 1)
+            for tokens in tokens_of_segments(self.known.seg)]
+        self.topic = without_uncategorized(self.known.topic_names, self.known.topic)
+        self.strings = []
+        self.index = np.empty((0, context), int)
+        if rows.tokens is not None:
+            ids, where = np.unique(self.known.ids, return_inverse=True)
+            self.strings = [text(token) for token in ids.tolist()]
+            self.index = where.reshape(-1, context)
+            self.ids = ids
+
+    def documents(self):
+        """[[from, to, topic]] of each row; topic -1 where there is none."""
+        out = [[] for _ in self.index]
+        if len(out):
+            for row, start, stop in self.segments:
+                out[row].append([start, stop, int(self.topic[row * self.context + start])])
+        return out
+
+    def firings(self, latent):
+        """Token indices at which a latent is above 0, in order, and its activations there."""
+        part = slice(self.columns.indptr[latent], self.columns.indptr[latent + 1])
+        at = self.columns.indices[part]
+        value = self.columns.data[part]
+        return at[value > 0], value[value > 0]
+
+    def top(self, latent):
+        """Indices into the page's tokens of those on which the latent adds up highest."""
+        tokens = top_tokens(self.columns, self.known.ids, latent)
+        if not tokens:
+            return []
+        return np.searchsorted(self.ids, tokens).tolist()
+
+    def passages(self, latent):
+        """Where the latent fires: its highest firings and some nearer to the middle."""
+        at, value = self.firings(latent)
+        out = []
+        if len(at) == 0 or len(self.index) == 0:
+            return out
+        peak = value.max()
+        for index, name in pick_firings(value, self.known.doc[at], at // (BEFORE + AFTER)):
+            row, first, last = self.segments[self.known.seg[at[index]]]
+            position = int(at[index]) % self.context
+            start = max(first, position - BEFORE)
+            stop = min(last, position + AFTER + 1)
+            shown = slice(*np.searchsorted(at, row * self.context + np.array([start, stop])))
+            out.append({
+                "row": row, "from": start, "to": stop, "at": (at[shown] % self.context).tolist(),
+                "a": levels(value[shown], peak), "q": name})
+        return out
+
+    def codes_along(self, row, start, stop):
+        """[[latent, [positions], [levels]]] of every latent that fires there."""
+        part = self.codes[row * self.context + start:row * self.context + stop].tocsc()
+        part.sort_indices()
+        out = []
+        for latent in np.flatnonzero(np.diff(part.indptr)).tolist():
+            here = slice(part.indptr[latent], part.indptr[latent + 1])
+            value = part.data[here]
+            up = value > 0
+            if up.any():
+                _, every = self.firings(latent)
+                position = (part.indices[here][up] + start).tolist()
+                out.append([latent, position, levels(value[up], every.max())])
+        return out
+
+    def texts(self):
+        """Whole documents with all their codes, and one row's part that joins two documents.
+
+        They depend on the rows alone, so that two runs show the same ones. A document is whole if
+        it lies in one row and another one follows it there; where there are too few, parts will do.
+        Longer ones and other topics come first.
+        """
+        if len(self.index) == 0:
+            return []
+        docs = [self.known.doc[row * self.context + start] for row, start, _ in self.segments]
+        times = np.bincount(docs)
+        ranked = []
+        for number, (row, start, stop) in enumerate(self.segments):
+            follows = number + 1 < len(docs) and self.segments[number + 1][0] == row
+            whole = follows and times[docs[number]] == 1
+            topic = int(self.topic[row * self.context + start])
+            ranked.append((not whole, start - stop, number, topic))
+        ranked.sort()
+        picked = []
+        topics = set()
+        for _, _, number, topic in ranked:
+            if topic not in topics and len(picked) < TEXTS:
+                topics.add(topic)
+                picked.append(number)
+        for _, _, number, _ in ranked:
+            if number not in picked and len(picked) < TEXTS:
+                picked.append(number)
+        out = [self.excerpt("document", *self.segments[number]) for number in sorted(picked)]
+        return out + self.join(docs)
+
+    def join(self, docs):
+        """The two neighbouring segments of which the shorter one is longest, if there are two."""
+        best = 0
+        found = []
+        for (row, start, cut), (other, begin, stop) in itertools.pairwise(self.segments):
+            if row == other and min(cut - start, stop - begin) > best:
+                best = min(cut - start, stop - begin)
+                found = [self.excerpt("join", row, start, stop)]
+        return found
+
+    def excerpt(self, kind, row, start, stop):
+        """One entry of "texts"."""
+        return {
+            "row": row, "from": start, "to": stop, "kind": kind,
+            "codes": self.codes_along(row, start, stop)}
+
+
+def listed_latents(stats, fires):
+    """(indices of the latents that latents.json lists, a sentence that says which)."""
+    alive = np.flatnonzero(fires > 0)
+    if len(alive) <= PAGE_LATENTS:
+        return alive, f"all {len(alive)} latents that fire"
+    rho = np.where(stats["keep"], np.nan_to_num(stats["autocorr"][-1], nan=-1), -1)
+    heavy = alive[np.argsort(-fires[alive], kind="stable")[:PAGE_LATENTS // 2]]
+    others = np.setdiff1d(alive, heavy)
+    slow = others[np.argsort(-rho[others], kind="stable")[:PAGE_LATENTS - len(heavy)]]
+    note = (
+        f"{PAGE_LATENTS} of {len(alive)} latents that fire: the {len(heavy)} that fire most, and of "
+        "the others those whose autocorrelation at the longest lag is highest")
+    return np.sort(np.concatenate([heavy, slow])), note
+
+
+def page_latents(page, scorer, stats, table, listed, up):
+    """The entries of "latents". table: the block "latents" of consistency.json."""
+    place = {latent: at for at, latent in enumerate(table["index"])}
+    best, lift = topic_preference(page.codes, page.topic, len(page.known.topic_names))
+    out = []
+    for latent, tokens in zip(listed.tolist(), up):
+        entry = {"i": latent, "rate": stats["rate"][latent], "span": stats["span"][latent]}
+        entry |= {"rho1": None, "rho16": None, "cluster": -1, "partner": -1, "partner_corr": None}
+        if latent in place:
+            at = place[latent]
+            entry["rho1"] = table["autocorr_1"][at]
+            entry["rho16"] = table["autocorr_16"][at]
+            for name in ("cluster", "partner", "partner_corr"):
+                entry[name] = table[name][at]
+        _, value = page.firings(latent)
+        entry |= {
+            "topic": best[latent], "topic_lift": lift[latent], "top": page.top(latent),
+            "up": tokens, "max": value.max(initial=0.0), "passages": page.passages(latent)}
+        out.append(plain(entry, 3))
+    return out
+
+
+def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
+    """The contents of latents.json; of a run with several seeds for the first one."""
+    sae = scorer.sae
+    ours = sae.spec.get("temporal_sae") or {}
+    page = Page(held_out.rows, scorer, held_out.text)
+    listed, note = listed_latents(stats, scorer.fidelity.fires)
+    up = [[] for _ in listed]
+    if held_out.lm is not None:
+        up = pushed_up(held_out.lm, sae.W_dec, listed, held_out.text)
+    found = next(iter(final.values()))
+    numbers = {}
+    for name, value in found["means"].items():
+        numbers[name] = [value, found["stderrs"].get(name)]
+    scored_on = consistency["scored_on"]
+    return plain({
+        "run": run, "seed": cfg["seed"], "model": scored_on["model"], "layer": scored_on["layer"],
+        "d_sae": sae.W_dec.shape[0], "k": ours.get("k", sae.spec.get("k")),
+        "sparsity": ours.get("sparsity", sae.selection), "lead": scorer.n_lead,
+        "dataset": scored_on["dataset"], "temp_loss": cfg.get("temp_loss"),
+        "temp_alpha": cfg.get("temp_alpha"), "window": cfg.get("window"),
+        "headline": plain(numbers, 5), "note": note,
+        "clusters": [cluster["name"] for cluster in consistency["clusters"]["list"]],
+        "topics": page.known.topic_names, "tokens": page.strings, "rows": page.index,
+        "docs": page.documents(),
+        "latents": page_latents(page, scorer, stats, consistency["latents"], listed, up),
+        "texts": page.texts()})
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring a run, or a folder with one SAE
+# --------------------------------------------------------------------------------------------------
+
+DEFAULTS = {  # of what a run's config.json or the command line does not say
+    "seed": 0, "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
+    "acts": "", "acts_mask": "", "context_size": 128, "reconstruction_rows": 64, "cache_dir": "",
+    "cache_gb": 20.0}
+
+
+def read_settings(folder, changes):
+    """What to score `folder` on: DEFAULTS, its config.json, and the changes asked for.
+
+    -> (settings, {"settings": a sentence} if the changes differ from what the run says)
+    """
+    config_file = folder / "config.json"
+    own = {}
+    if config_file.is_file():
+        own = prepare.read_json(config_file)
+    elif not (folder / "sae_weights.safetensors").is_file():
+        raise ValueError(
+            f"{folder} holds neither a run (config.json) nor an SAE (sae_weights.safetensors)")
+    cfg = DEFAULTS | own | changes
+    if not cfg["acts"] and (cfg.get("model") is None or cfg.get("layer") is None):
+        raise ValueError(
+            f"{folder} is an SAE without a run: say --model and --layer, or --acts FILE")
+    differ = [name for name, value in changes.items() if name in own and own[name] != value]
+    differ = [name for name in differ if name not in ("device", "cache_dir", "cache_gb")]
+    notes = {}
+    if differ:
+        notes["settings"] = (
+            "scored with " + ", ".join(f"{name} {public_name(str(cfg[name]))}" for name in differ)
+            + "; the run says " + ", ".join(public_name(str(own[name])) for name in differ))
+    return cfg, notes
+
+
+def find_seeds(folder, cfg):
+    """The folders with weights, in order of seed: folder itself or all its seed_K."""
+    if (folder / "sae_weights.safetensors").is_file():
+        return [folder]
+    found = {}
+    for path in folder.glob("seed_*"):
+        number = path.name.removeprefix("seed_")
+        if number.isdigit() and (path / "sae_weights.safetensors").is_file():
+            found[int(number)] = path
+    if len(found) != cfg["n_seeds"]:
+        raise ValueError(
+            f"{folder} holds trained weights (seed_*/sae_weights.safetensors) for {len(found)} of "
+            f"its {cfg['n_seeds']} seeds")
+    return [found[number] for number in sorted(found)]
+
+
+def leading_latents(sae, cfg):
+    """Number of latents in the lead: what cfg.json says, else the run's fraction, else 20 %."""
+    d_sae = sae.W_dec.shape[0]
+    said = (sae.spec.get("temporal_sae") or {}).get("lead") or 0
+    if 0 < said < d_sae:
+        return said
+    fraction = cfg.get("temporal_fraction", 1.0)
+    if not 0 < fraction < 1:
+        fraction = DEFAULT_LEAD
+    return round(fraction * d_sae)
+
+
+class HeldOut(NamedTuple):
+    """What SAEs are scored on."""
+
+    lm: torch.nn.Module  # None where activations were given
+    block: torch.nn.Module  # the hooked decoder block; None likewise
+    text: object  # function: token id -> string
+    ce_rows: Rows  # for CE and KL
+    rows: Rows  # for everything else
+    read: object  # function: (start, stop) -> activations (n,T,d_in) of `rows`
+    hash: str  # of what the rows hold
+    scored_on: dict  # model, layer, dtype and data set, as the record names them
+
+
+def no_text(token):
+    """Stands for the text of a token where there is none."""
+    return ""
+
+
+def check_width(d_in, width, what):
+    """ValueError where an SAE of input width `width` cannot read d_in dimensions."""
+    if d_in != width:
+        raise ValueError(f"the SAE reads {width} dimensions, {what} gives {d_in}")
+
+
+def hold_out_acts(cfg, width):
+    """HeldOut of a file of activations: the rows that prepare.load_acts holds out."""
+    options = {name: cfg[name] for name in ("eval_rows", "calibration_rows") if name in cfg}
+    data = prepare.load_acts(cfg["acts"], cfg["acts_mask"], **options)
+    check_width(data.acts.shape[-1], width, public_name(cfg["acts"]))
+    held = np.asarray(data.heldout)
+    doc = np.asarray(data.doc)[held]
+
+    def read(start, stop):
+        return data.acts[held[start:stop]]
+
+    digest = hashlib.sha256(doc.tobytes())
+    for start in range(0, len(held), BATCH_ROWS):
+        x = read(start, start + BATCH_ROWS).contiguous()
+        digest.update(x.view(torch.uint8).numpy().tobytes())
+    scored_on = {
+        "model": None, "layer": None, "dtype": str(data.acts.dtype).removeprefix("torch."),
+        "dataset": Path(cfg["acts"]).stem}
+    rows = Rows(None, doc, {})
+    return HeldOut(
+        None, None, no_text, rows.cut(0, 0), rows, read, digest.hexdigest(), scored_on)
+
+
+def hold_out_text(cfg, rows_file, width, device):
+    """HeldOut of text: rows_file, or the held-out rows of the data set; with the model loaded."""
+    model = cfg["model"]
+    cache = cfg["cache_dir"]
+    context = cfg["context_size"]
+    dataset = public_name(cfg["dataset"])
+    tokens = None
+    if rows_file:
+        tokens = read_rows(rows_file)
+        context = tokens.shape[1]
+        dataset = Path(rows_file).stem
+    prepare.check_model(model, cfg["layer"], context)
+    d_in, _, vocab_size = prepare.model_shape(model, cache)
+    check_width(d_in, width, f"a layer of {public_name(model)}")
+    special = prepare.special_ids(prepare.load_tokenizer(model, cache))
+    if rows_file:
+        rows = rows_of_tokens(tokens, special)
     else:
-        block = exp.decoder_blocks(model)[cfg.layer]
-        behaviour = lm_behaviour(model, block, saes, ce_rows.tokens, ce_rows.valid)
-    scorers, raw = stream(exp, cfg, model, rows, acts, saes, n_high)
+        options = {name: cfg[name] for name in TEXT_OPTIONS if name in cfg}
+        inputs = prepare.text_rows(cfg["dataset"], model, **options)
+        held = inputs.heldout[0:len(inputs.heldout)]
+        rows = Rows(
+            np.asarray(held["tokens"], np.int64), np.asarray(held["doc"], np.int32),
+            inputs.topics or {})
+    check_tokens(rows.tokens, vocab_size, special[0])
+    n_ce = cfg["reconstruction_rows"]
+    if not 0 <= n_ce < len(rows.tokens):
+        raise ValueError(
+            f"{n_ce} rows for CE/KL leave none of the {len(rows.tokens)} rows for other metrics")
+    dtype = prepare.pick_dtype(cfg["dtype"], device)
+    lm, tokenizer = prepare.load_lm(model, dtype, device, cache)
+    block = prepare.decoder_blocks(lm)[cfg["layer"]]
+    rest = rows.cut(n_ce, len(rows.tokens))
+    read = held_out_reader(cfg, lm, block, rest.tokens, d_in, dtype)
+    scored_on = {
+        "model": public_name(model), "layer": cfg["layer"],
+        "dtype": str(dtype).removeprefix("torch."), "dataset": dataset}
+    return HeldOut(
+        lm, block, prepare.token_text(tokenizer), rows.cut(0, n_ce), rest, read,
+        prepare.sha256(rows.tokens, rows.doc), scored_on)
 
-    context, seg = rows.doc_id.shape[1], segment_ids(rows.doc_id, rows.valid)
-    name = Path(rows_file).stem if rows_file else dataset_name(cfg)
-    used = str(acts.dtype if rows.tokens is None else exp.pick_dtype(cfg.dtype, where)).removeprefix("torch.")
-    counts = {"rows": len(rows.doc_id), "reconstruction_rows": len(ce_rows.doc_id), "context": context,
-              "tokens": int(rows.valid.sum()), "documents": len(np.unique(rows.doc_id[rows.valid])),
-              "segments": len(np.unique(seg[seg >= 0]))}
-    hashed = (rows.doc_id, acts) if rows.tokens is None else (np.concatenate([ce_rows.tokens, rows.tokens]).astype(np.int64),)
-    rows_hash = sha256(*(np.asarray(part) for part in hashed))
-    files, heads = {}, []
-    for seed_dir, weight, s, lm in zip(seed_dirs, weights, scorers, behaviour):
-        hashes = {"evaluate": SOURCE_SHA256, "rows": rows_hash, "weights": weight}
-        core = core_json(cfg, seed_dir, s.sae, s.fidelity, lm, counts, hashes, name, used, dict(notes))
-        core_notes = core["eval_result_unstructured"]["notes"]
-        if has_null(core["eval_result_metrics"]) and not core_notes:
-            core_notes["eval_result_metrics"] = "null is 0/0: activations that do not vary, or an all-zero reconstruction"
-        consistency = consistency_json(s, raw, rows, counts, hashes, text)
-        home = out if cfg.n_seeds == 1 else out / seed_dir.name
-        files |= {home / "core.json": core, home / "consistency.json": consistency}
+
+def score_behaviour(held_out, saes):
+    """-> (lm_behaviour of each SAE or None each, notes that say why None)."""
+    reason = None
+    if held_out.lm is None:
+        reason = "scored on given activations: there is no language model to run"
+    elif not (held_out.ce_rows.doc > 0).any():
+        reason = "no row with an ordinary token was set aside for them"
+    if reason:
+        return [None] * len(saes), {"ce_loss_score, kl_div_score": reason}
+    return lm_behaviour(held_out.lm, held_out.block, saes, held_out.ce_rows), {}
+
+
+def count_rows(held_out, rows, left_out):
+    """The counts that stand in every file. rows: the variance rows without what was left out."""
+    seg = segment_ids(rows.doc)
+    return {
+        "rows": len(rows.doc), "reconstruction_rows": len(held_out.ce_rows.doc),
+        "context": rows.doc.shape[1], "tokens": int((rows.doc > 0).sum()), "left_out": left_out,
+        "documents": len(np.unique(rows.doc[rows.doc > 0])), "segments": int(seg.max()) + 1}
+
+
+def write_compact(path, tree):
+    """Write a large JSON file without spaces, one line for each top-level key."""
+    lines = []
+    for key, value in tree.items():
+        value = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        lines.append(f"{json.dumps(key)}:{value}")
+    content = "{" + ",\n".join(lines) + "}\n"
+
+    def write(part):
+        Path(part).write_text(content, encoding="utf-8")
+    prepare.write_whole(path, write)
+
+
+def evaluate_run(run_dir, *, rows_file=None, out=None, **changes):
+    """Score every seed of a run, or one SAE folder; write the four files; return final_info.
+
+    run_dir: a run (config.json, seed_K/...) or a folder with cfg.json and sae_weights.safetensors.
+    rows_file: .npy of token rows in place of the data set's. out: where to write, else run_dir.
+    changes: settings that take precedence over config.json (model, layer, dataset, device, ...).
+    All seeds share one pass over the rows. Nothing is written until everything is computed.
+    """
+    run_dir = Path(run_dir)
+    out = Path(out or run_dir)
+    cfg, notes = read_settings(run_dir, changes)
+    seed_dirs = find_seeds(run_dir, cfg)
+    saes = [load_sae(folder) for folder in seed_dirs]  # a broken file is refused before the rest
+    device = prepare.pick_device(cfg["device"])
+    width = saes[0].W_dec.shape[1]
+    if cfg["acts"]:
+        if rows_file:
+            raise ValueError("--rows needs a language model, but this run has an activations file")
+        held_out = hold_out_acts(cfg, width)
+    else:
+        held_out = hold_out_text(cfg, rows_file, width, device)
+    for sae in saes:
+        sae.to(device)
+    rows, left_out = leave_out_sinks(held_out.rows, held_out.read)
+    held_out = held_out._replace(rows=rows)
+    behaviour, reasons = score_behaviour(held_out, saes)
+    scorers, sums, x = stream(rows, held_out.read, saes, leading_latents(saes[0], cfg))
+    raw = raw_scores(sums, x, rows)
+
+    counts = count_rows(held_out, rows, left_out)
+    files = {}
+    heads = []
+    for seed_dir, scorer, lm_scores in zip(seed_dirs, scorers, behaviour):
+        weights = prepare.sha256(seed_dir / "sae_weights.safetensors")
+        hashes = {"evaluate": SOURCE_SHA256, "rows": held_out.hash, "weights": weights}
+        record = {
+            "scored_on": held_out.scored_on, "counts": counts, "hashes": hashes,
+            "notes": notes | reasons}
+        core = core_json(scorer, lm_scores, record)
+        consistency, stats = consistency_json(scorer, raw, rows, record, held_out.text)
+        home = out
+        if len(seed_dirs) > 1:
+            home = out / seed_dir.name
+        files[home / "core.json"] = core
+        files[home / "consistency.json"] = consistency
         heads.append(headline(core, consistency))
-    mcc = pw_mcc([s.W_dec for s in saes])
-    final = {name: summarise(heads, mcc)}
-    write_json(files | {out / "final_info.json": final})
+        if seed_dir == seed_dirs[0]:
+            first = (scorer, stats, consistency)
+    mcc = pw_mcc([sae.W_dec for sae in saes])
+    final = {held_out.scored_on["dataset"]: summarise(heads, mcc)}
+    page = latents_json(cfg, held_out, *first, final, run_dir.resolve().name)
+    for path, tree in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare.write_json(path, tree)
+    write_compact(out / "latents.json", page)
+    prepare.write_json(out / "final_info.json", final)  # last: its presence says the rest is there
     return final
 
 
 def print_scores(final):
-    """The greppable block at the end of a run."""
+    """The block at the end of a run, one "name: value" a line."""
     print("---")
     for block in final.values():
         for name, value in block["means"].items():
             print(f"{name}: {value:.6g}")
 
 
-# ------------------------------------------------------------------------------------------------ reading one latent
+# --------------------------------------------------------------------------------------------------
+# Comparing scored runs
+# --------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def feature_report(run_dir, exp, latent, rows_file=None, dtype=None, device=None, passages=8):
-    """Prints one latent of the first seed: numbers, top tokens through the unembedding, passages with «firing» tokens."""
-    cfg = read_config(run_dir, exp, dtype, device)
-    seed_dir = find_seeds(run_dir, cfg)[0]
-    sae = exp.load_sae(seed_dir)
-    d_sae = sae.W_dec.shape[0]
-    if not 0 <= latent < d_sae:
-        raise ValueError(f"latent {latent} is out of range: this dictionary holds 0 to {d_sae - 1}")
-    model, text, _, rows, acts = load_inputs(exp, cfg, rows_file, cfg.reconstruction_rows)
-    f = np.zeros(rows.doc_id.size)   # this latent alone, at every token
-    end = 0
-    for x, seg in batches(exp, cfg, model, rows, acts):
-        codes, _ = sae.encode(x.float().cpu())
-        f[end:end + len(seg)] = codes[..., latent].reshape(-1).numpy() * (seg >= 0)
-        end += len(seg)
-    print(f"latent {latent} of {run_dir} ({seed_dir.name})")
-    print(f"  fires on {np.mean(f[rows.valid.ravel()] != 0):.4%} of {rows.valid.sum()} tokens, largest activation {f.max():.4g}")
-    scores = [p for p in (Path(run_dir), seed_dir) if (p / "consistency.json").exists()]
-    table = read_json(scores[0] / "consistency.json") if scores else None
-    if table and latent in table["latents"]["index"]:
-        at = table["latents"]["index"].index(latent)
-        one = {k: v[at] for k, v in table["latents"].items()}
-        listed = table["clusters"]["list"]
-        cluster = f"{one['cluster']} ({listed[one['cluster']]['name']})" if listed else "none"
-        print(f"  span {one['span']} tokens, autocorrelation {one['autocorr_1']} at lag 1 and {one['autocorr_16']} at lag 16, "
-              f"{one['within_1']} within documents, position eta^2 {one['eta2']}, cluster {cluster}")
-    if rows.tokens is None:
-        return
-    model = model or exp.load_lm(cfg)[0]   # for the unembedding
-    show = lambda i: text(int(i)).replace("\n", "\\n")
-    head = model.get_output_embeddings()
-    if head is not None:
-        logits = head.weight.float().cpu() @ sae.W_dec[latent].float().cpu()
-        print("  pushes up", "  ".join(repr(show(i)) for i in logits.topk(10).indices.tolist()))
-    grid = f.reshape(rows.doc_id.shape)
-    for row in np.argsort(-grid.max(1), kind="stable")[:passages]:
-        if grid[row].max() <= 0:
-            break
-        peak = int(grid[row].argmax())
-        here = [t for t in range(max(0, peak - 24), min(grid.shape[1], peak + 25)) if rows.doc_id[row, t] == rows.doc_id[row, peak]]
-        marked = [f"«{show(rows.tokens[row, t])}»" if grid[row, t] else show(rows.tokens[row, t]) for t in here if rows.valid[row, t]]
-        topic = f"  [{rows.topics[rows.doc_id[row, peak]]}]" if rows.topics is not None else ""
-        print(f"  {grid[row, peak]:8.4g}{topic} {''.join(marked).replace('»«', '·')}")
+class Scored(NamedTuple):
+    """What is on disk of one scored run."""
+
+    title: str
+    info: dict  # the one block of final_info.json
+    seeds: tuple  # (first seed, number of seeds)
+    judge: dict  # hashes and scored_on of consistency.json; None where git keeps the headline only
 
 
-# ------------------------------------------------------------------------------------------------ comparing runs
+def read_scored(run):
+    """Scored of a folder."""
+    info = next(iter(prepare.read_json(run / "final_info.json").values()))
+    config = {}
+    if (run / "config.json").is_file():
+        config = prepare.read_json(run / "config.json")
+    judge = None
+    for path in [run / "consistency.json", *sorted(run.glob("seed_*/consistency.json"))]:
+        if path.is_file() and judge is None:
+            judge = prepare.read_json(path)
+    return Scored(run.name, info, (config.get("seed", 0), config.get("n_seeds", 1)), judge)
+
+
+def gap_text(first, other, name):
+    """The difference of one value to the first run's, paired by seed where both have the same."""
+    a = first.info["final_info_dict"].get(name)
+    b = other.info["final_info_dict"].get(name)
+    if not a or not b or name == "pw_mcc":
+        return "-"
+    if first.seeds == other.seeds and len(a) == len(b) > 1:
+        gap = np.subtract(b, a)
+        return f"{gap.mean():+.4g} ± {np.std(gap, ddof=1) / math.sqrt(len(gap)):.2g}"
+    return f"{np.mean(b) - np.mean(a):+.4g}"
+
+
+def value_text(scored, name):
+    """Mean ± standard error of one value."""
+    if name not in scored.info["means"]:
+        return "-"
+    text = f"{scored.info['means'][name]:.4g}"
+    if name in scored.info["stderrs"]:
+        text += f" ± {scored.info['stderrs'][name]:.2g}"
+    return text
+
+
+def comparison_notes(first, other):
+    """Sentences on why two runs may not be comparable."""
+    notes = []
+    l0 = first.info["means"].get("l0")
+    other_l0 = other.info["means"].get("l0")
+    if l0 and other_l0 and abs(other_l0 / l0 - 1) > 0.01:
+        notes.append(
+            f"{other.title} has L0 {other_l0:.4g} against {l0:.4g}: not within 1 %, so smoothness "
+            "and autocorrelation are not comparable")
+    if first.judge is None or other.judge is None:
+        notes.append(
+            f"without both consistency.json nothing shows that {other.title} and {first.title} "
+            "were scored alike")
+        return notes
+    for name in ("evaluate", "rows"):
+        if other.judge["hashes"][name] != first.judge["hashes"][name]:
+            what = {"evaluate": "by another evaluate.py", "rows": "on other rows"}[name]
+            notes.append(f"{other.title} was scored {what} than {first.title}")
+    for name in ("model", "layer", "dtype"):
+        mine = other.judge.get("scored_on", {}).get(name)
+        theirs = first.judge.get("scored_on", {}).get(name)
+        if mine != theirs:
+            notes.append(f"{other.title} was scored on {name} {mine}, {first.title} on {theirs}")
+    return notes
 
 
 def compare(run_dirs):
-    """Prints scores on disk side by side; columns after the first also show the difference to it, paired by seed."""
-    infos, seeds, judges = [], [], []
-    for run in run_dirs:
-        infos.append(next(iter(read_json(run / "final_info.json").values())))
-        config = read_json(run / "config.json")
-        seeds.append((config.get("seed", 0), config.get("n_seeds", 1)))
-        scored = sorted([run / "consistency.json", *sorted(run.glob("seed_*/consistency.json"))], key=lambda p: not p.exists())[0]
-        hashes = read_json(scored)["hashes"] if scored.exists() else None   # of the grid git keeps the headline numbers only
-        judges.append(hashes and (hashes["evaluate"], hashes["rows"]))
-    names = list(dict.fromkeys(name for info in infos for name in info["means"]))
-    title = [run.name for run in run_dirs] if len({run.name for run in run_dirs}) == len(run_dirs) else list(map(str, run_dirs))
-    table = [["", *title, *(f"{t} - {title[0]}" for t in title[1:])]]
+    """Print scores on disk side by side; columns after the first show the difference to it too."""
+    runs = [read_scored(run) for run in run_dirs]
+    if len({run.title for run in runs}) < len(runs):
+        runs = [run._replace(title=str(path)) for run, path in zip(runs, run_dirs)]
+    first = runs[0]
+    names = []
+    for run in runs:
+        names += [name for name in run.info["means"] if name not in names]
+    table = [["", *(run.title for run in runs), *(f"{r.title} - {first.title}" for r in runs[1:])]]
     for name in names:
-        line = [name]
-        for info in infos:
-            error = f" ± {info['stderrs'][name]:.2g}" if name in info["stderrs"] else ""
-            line.append(f"{info['means'][name]:.4g}{error}" if name in info["means"] else "-")
-        first = infos[0]["final_info_dict"].get(name)
-        for info, seed in zip(infos[1:], seeds[1:]):
-            other = info["final_info_dict"].get(name)
-            if not first or not other or name == "pw_mcc":
-                line.append("-")
-                continue
-            paired = seed == seeds[0] and len(first) == len(other) > 1
-            gap = np.subtract(other, first) if paired else np.mean(other) - np.mean(first)
-            line.append(f"{np.mean(gap):+.4g}" + (f" ± {np.std(gap, ddof=1) / math.sqrt(len(gap)):.2g}" if paired else ""))
-        table.append(line)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
-    l0 = [info["means"].get("l0") for info in infos]
-    for run, value, judge in zip(title[1:], l0[1:], judges[1:]):
-        if l0[0] and value and abs(value / l0[0] - 1) > 0.01:
-            print(f"note: {run} has L0 {value:.4g} against {l0[0]:.4g}: not within 1 %, so smoothness and "
-                  "autocorrelation are not comparable")
-        if not (judge and judges[0]):
-            print(f"note: without both consistency.json nothing shows that {run} and {title[0]} were scored alike")
-        elif judge != judges[0]:
-            print(f"note: {run} was scored by another evaluate.py or on other rows than {title[0]}")
+        values = [value_text(run, name) for run in runs]
+        gaps = [gap_text(first, run, name) for run in runs[1:]]
+        table.append([name, *values, *gaps])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        print("  ".join(cells).rstrip())
+    for run in runs[1:]:
+        for note in comparison_notes(first, run):
+            print(f"note: {note}")
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+OPTIONS = (  # name, type, help; all of them take precedence over the run's config.json
+    ("model", str, "language model: a local folder, a hub id, or an embedded one by name"),
+    ("layer", int, "decoder block whose output the SAE reads; 0 is the first"),
+    ("dtype", str, "of the language model: auto, float32 or bfloat16"),
+    ("device", str, "auto, cpu, cuda, ..."),
+    ("dataset", str, "text, as in experiment.py"),
+    ("dataset_config", str, "configuration of a hub data set"),
+    ("split", str, "split of a hub data set"),
+    ("text_field", str, "column that holds the text"),
+    ("encoding", str, "of text files"),
+    ("acts", str, "file of activations (N,T,d_in) in place of a model and text"),
+    ("acts_mask", str, "its documents: (N,T) int, 0 = leave out"),
+    ("context_size", int, "tokens a row"),
+    ("harvest_tokens", int, "training tokens of the run whose held-out rows these are"),
+    ("eval_rows", int, "held-out rows"),
+    ("reconstruction_rows", int, "leading rows for CE/KL; the rest is for all else (64)"),
+    ("cache_dir", str, "rows and held-out activations; default ~/.cache/temporal-sae"))
 
 
-def load_experiment(run_dir, trust):
-    """The experiment.py saved in a run, as a module; executed only if it is the file whose hash the run recorded."""
-    path = run_dir / "experiment.py"
-    if not path.is_file():
-        raise ValueError(f"{run_dir} holds no experiment.py to read its weights with")
-    recorded = read_json(run_dir / "environment.json").get("experiment_sha256")
-    same = sha256(path) == recorded
-    if not same and not trust:
-        raise ValueError(f"{path} is not the source that this run recorded (its sha256 differs): "
-                         "read it, then pass --trust to execute it")
-    print(f"scoring through {path} ({'sha256 as recorded' if same else 'NOT as recorded, trusted by --trust'})", file=sys.stderr)
-    sys.modules.setdefault("evaluate", sys.modules[__name__])   # that file imports the judge: it must be this one
-    spec = importlib.util.spec_from_file_location("saved_experiment", path)
-    module = sys.modules["saved_experiment"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueError, so that main returns and never exits."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextlib.contextmanager
+def sigterm_raises():
+    """While open, SIGTERM raises Terminated; the handler before is restored at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def handle(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def find_run(name):
+    """Folder of a run. A bare name is looked for in runs/ and runs/study/ of this repo first."""
+    path = Path(name).expanduser()
+    if len(path.parts) == 1:
+        for folder in (REPO / "runs", REPO / "runs" / "study"):
+            if (folder / path).is_dir():
+                return folder / path
+    if not path.exists() and (REPO / path).exists():
+        return REPO / path
+    return path
+
+
+def parse(argv):
+    """Command line -> argparse's namespace."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="one: score it; several: compare their scores")
+    parser.add_argument("--out", metavar="DIR", help="write here, not over the run's own scores")
+    parser.add_argument("--rows", metavar="FILE.npy", help="your own int (N,T) rows, BOS in place")
+    for name, kind, text in OPTIONS:
+        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
+        parser.add_argument(*flags, dest=name, type=kind, help=text)
+    return parser.parse_args(argv)
+
+
+def command(argv):
+    """Do what the command line says."""
+    args = parse(argv)
+    runs = [find_run(name) for name in args.runs]
+    changes = {}
+    for name, _, _ in OPTIONS:
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    if len(runs) > 1:
+        if changes or args.out or args.rows:
+            raise ValueError(
+                "several runs are compared from scores on disk; options go with one run")
+        compare(runs)
+        return
+    final = evaluate_run(runs[0], rows_file=args.rows, out=args.out, **changes)
+    print_scores(final)
+    print(f"written: {args.out or runs[0]}")
 
 
 def main(argv=None):
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Score a run, compare scored runs, or read one latent.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one: score it; several: compare their scores")
-    parser.add_argument("--rows", metavar="FILE.npy", help="int64 (N,T) token rows of your own, BOS in place")
-    parser.add_argument("--reconstruction_rows", type=int, help="leading rows for CE/KL; the rest is for all else (64)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the language model's, instead of the run's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write here, not over the run's own scores")
-    parser.add_argument("--feature", type=int, metavar="N", help="read latent N instead of scoring")
-    parser.add_argument("--trust", action="store_true", help="execute a saved experiment.py that was edited since")
-    parser.add_argument("--device", help="cpu, cuda, ...")
-    args = parser.parse_args(argv)
-    options = {"rows_file": args.rows, "dtype": args.dtype, "device": args.device}
+    """The command. -> exit code: 0, 1 it failed, 2 bad usage or input, 130/143 stopped."""
     try:
-        # a bare name is looked for under runs/ too, as experiment.py's --out_dir does
-        runs = [Path("runs") / r if not r.exists() and (Path("runs") / r).exists() else r for r in args.runs]
-        if len(runs) > 1:
-            if any([args.rows, args.reconstruction_rows, args.dtype, args.out, args.feature is not None]):
-                raise ValueError("several runs are compared from the scores on disk; scoring options take one run at a time")
-            compare(runs)
-            return 0
-        exp = load_experiment(runs[0], args.trust)
-        if args.feature is not None:
-            feature_report(runs[0], exp, args.feature, **options)
-            return 0
-        final = evaluate_run(runs[0], exp, reconstruction_rows=args.reconstruction_rows, out=args.out, **options)
-        print_scores(final)
-        print(f"written: {args.out or runs[0]}")
-        return 0
-    except (ValueError, RuntimeError, OSError, MemoryError) as err:
-        print(f"error: {str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__}", file=sys.stderr)
-        return 2 if isinstance(err, ValueError) else 1
+        with sigterm_raises():
+            command(argv)
+    except ValueError as error:
+        print(f"error: {prepare.first_line(error)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError, MemoryError) as error:
+        print(f"error: {prepare.first_line(error) or type(error).__name__}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated: nothing was written", file=sys.stderr)
+        return 143
+    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

