@@ -2,7 +2,7 @@
 
     python evaluate.py runs/run_2                      score a run again
     python evaluate.py runs/run_2 --model OTHER        the same SAE on another model of its width
-    python evaluate.py FOLDER --model M --layer L      any SAE in SAELens' format, whoever trained it
+    python evaluate.py FOLDER --model M --layer L      any SAE in SAELens' format
     python evaluate.py runs/run_0 runs/run_4           print a table from scores on disk
 
 Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how codes behave along
@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
 import warnings
 from pathlib import Path
@@ -51,6 +52,10 @@ import prepare
 
 SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 REPO = Path(__file__).resolve().parent
+
+# Small matrix products on one thread: more would only wait for each other, and one adds up in a
+# fixed order. A decorator.
+one_thread = threadpool_limits.wrap(limits=1)
 
 BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
 LOGIT_TOKENS = 512  # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB
@@ -186,7 +191,8 @@ class SAE:
             raise ValueError(f"reshape_activations {spec['reshape_activations']} is not supported")
         d_in = spec["d_in"]
         d_sae = spec["d_sae"]
-        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+        shapes = {
+            "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
         if self.selection == "jumprelu":
             shapes["threshold"] = (d_sae,)
         if ours.get("skip"):
@@ -496,7 +502,11 @@ def held_out_reader(cfg, lm, block, tokens, d_in, dtype):
     path = folder / f"heldout-{prepare.digest(identity)}.safetensors"
     if not path.exists():
         write_activations(path, lm, block, tokens, d_in, dtype)
-    stored = safe_open(path, framework="pt").get_slice("acts")
+    try:
+        stored = safe_open(path, framework="pt").get_slice("acts")
+    except SafetensorError as error:
+        reason = prepare.first_line(error)
+        raise RuntimeError(f"{path} is damaged ({reason}): delete it and score again") from None
 
     def from_file(start, stop):
         return stored[start:stop]
@@ -636,7 +646,7 @@ class Fidelity:
         return self.absolute * self.unit
 
     def ours(self):
-        """The values as we mean them. explained_variance: predicting the mean gives 0, x gives 1."""
+        """The values as we mean them. explained_variance: predicting the mean gives 0."""
         n = self.tokens
         s = self.sums
         variance = s["xx"] - self.x_sum.square().sum().item() / n  # sum of |x - mean|^2
@@ -1075,6 +1085,7 @@ class Sample:
             self.nnz += codes.nnz
 
 
+@one_thread
 def position_matrix(blocks, seg, mean, scale, context):
     """Correlation of the columns at positions p and q, mean over columns and over rows.
 
@@ -1277,11 +1288,12 @@ def mutual_information(codes, latents, labels):
     return out
 
 
+@one_thread
 def cluster_latents(blocks):
     """K-means on blocks of features [(n,width)]: columns standardised, blocks of equal weight.
 
-    k in 4..8 with the best silhouette. -> labels (n,), numbered by size; silhouette; (n,2) principal
-    coordinates for a picture.
+    k in 4..8 with the best silhouette. -> labels (n,), numbered by size; silhouette; (n,2)
+    principal coordinates for a picture.
     """
     scaled = []
     for block in blocks:
@@ -1290,7 +1302,7 @@ def cluster_latents(blocks):
     z = np.concatenate(scaled, 1)
     best = -2
     labels = None
-    with threadpool_limits(1), warnings.catch_warnings():  # one thread: sums in a fixed order
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct points than clusters is fine here
         for k in range(4, 9):
             found = KMeans(k, n_init=4, random_state=0).fit_predict(z)
@@ -1309,7 +1321,7 @@ def cluster_latents(blocks):
 
 
 def cluster_name(rho, eta2_excess, lags):
-    """Name of a cluster from its mean profile. The thresholds are ours; the profile is saved too."""
+    """Name of a cluster from its mean profile. The thresholds are ours; the profile is saved."""
     far = rho[max(k for k, lag in enumerate(lags) if lag <= 32)]
     if eta2_excess > 0.05:  # position alone explains > 5 % more of the variance than chance
         return "positional"
@@ -1384,7 +1396,9 @@ def clusters(codes, columns, latents, stats, labels, tokens, groups, lags, text)
             "topic_share": topic_share[here].mean(), "ami_topic": information["topic"],
             "ami_token": information["token"], "examples": examples})
     every = np.arange(codes.shape[1])
-    whole = {group: mutual_information(codes, every[part], labels) for group, part in groups.items()}
+    whole = {}
+    for group, part in groups.items():
+        whole[group] = mutual_information(codes, every[part], labels)
     of = np.full(codes.shape[1], -1)
     of[latents] = number
     return Clusters({"silhouette": silhouette, "list": listed, "ami": whole}, of, xy)
@@ -1530,6 +1544,7 @@ def token_topic(codes, known, in_train, groups):
     return found
 
 
+@one_thread
 def raw_token_topic(x, known, in_train):
     """The same from k raw dimensions and from all of them, the ceiling. x (n,d_in) tensor.
 
@@ -1622,6 +1637,7 @@ def document_id(codes, known):
     return out
 
 
+@one_thread
 def probes(codes, known, text, groups, raw):
     """Every probe on the sample's codes (csr). raw: what raw_token_topic gave.
 
@@ -1848,7 +1864,7 @@ class Scorer:
         x_hat = self.sae.decode(acts, x)
         if not torch.isfinite(x_hat[valid]).all():
             raise ValueError("the SAE gives NaN or infinity on these activations")
-        codes = to_csr(acts * valid[:, None])
+        codes = to_csr(torch.where(valid[:, None], acts, 0.0))
         row_of_token = np.arange(len(seg)) // self.context
         if valid.any():
             self.fidelity.update(x[valid], x_hat[valid], codes, row_of_token)
@@ -1931,7 +1947,6 @@ class RawScores(NamedTuple):
     """What the raw activations alone give: the same for every SAE on these rows."""
 
     sums: LagSums
-    x: torch.Tensor  # (n,d_in) of the sample
     limit: dict  # linear_limit
     token_topic: dict
     boundary: float
@@ -1950,7 +1965,7 @@ def raw_scores(sums, x, rows):
     topic = raw_token_topic(x, known, in_train)
     edge = boundary_auroc(x, boundary_places(known), sums.mean)
     limit = linear_limit(x, known, sums.lags)
-    return RawScores(sums, x, limit, topic, edge, position)
+    return RawScores(sums, limit, topic, edge, position)
 
 
 def latent_stats(scorer):
@@ -2012,7 +2027,8 @@ def consistency_json(scorer, raw, rows, record, text):
     groups = {}
     for group, part in scorer.groups.items():
         share = ratio(mass[part].sum(), mass.sum())
-        groups[group] = {"latents": len(keep[part]), "scored": keep[part].sum(), "mass_share": share}
+        groups[group] = {
+            "latents": len(keep[part]), "scored": keep[part].sum(), "mass_share": share}
     out = {
         "hashes": record["hashes"], "scored_on": record["scored_on"],
         "counts": record["counts"] | {"sample_rows": scorer.sample.rows},
@@ -2045,7 +2061,7 @@ def consistency_json(scorer, raw, rows, record, text):
     out = plain(out, 6)
     notes = dict(record["notes"])
     for key, value in out.items():
-        if has_null(value):
+        if key != "scored_on" and has_null(value):
             notes[key] = NULL_REASONS.get(key, NO_VALUE)
     out["notes"] = notes
     return out, stats
@@ -2101,6 +2117,7 @@ def sample_blocks(scorer, raw, rows, stats, text):
     W_dec = scorer.sae.W_dec.cpu()
     same = redundancy(codes, n_valid, columns, known.ids, at, mass, found.of, W_dec, text)
     crowd = np.isin(np.arange(len(keep)), same.together)
+    same.block["together_count"] = len(same.together)
     same.block["together_mass_share"] = ratio(mass[crowd].sum(), mass.sum())
     same.block["apart"] = {}  # the scores without them
     for name in ("autocorr", "autocorr_within"):
@@ -2125,63 +2142,62 @@ def sample_blocks(scorer, raw, rows, stats, text):
 # --------------------------------------------------------------------------------------------------
 
 
-def at_lag(consistency, curve, lag):
-    """Value of a curve over lags at one of them; None where the rows are too short for it."""
-    if lag not in consistency["lags"]:
-        return None
-    return curve[consistency["lags"].index(lag)]
+AT_16 = LAGS.index(16)
+HEADLINE = {  # name in final_info.json: where the value stands in consistency.json
+    "autocorr_1": ("autocorr", "whole", "mean", 0),
+    "autocorr_1_mass": ("autocorr", "whole", "mass", 0),
+    "autocorr_within_1": ("autocorr_within", "whole", "mean", 0),
+    "autocorr_16": ("autocorr", "whole", "mean", AT_16),
+    "autocorr_16_lead": ("autocorr", "lead", "mean", AT_16),
+    "autocorr_16_rest": ("autocorr", "rest", "mean", AT_16),
+    "autocorr_16_best": ("autocorr_best", "mean", AT_16),
+    "support_jaccard": ("support_jaccard", "whole"),
+    "kappa_1": ("kappa", "whole", "mean", 0),
+    "smoothness_S": ("smoothness_S", "whole"),
+    "S_sum": ("S_sum", "whole"),
+    "latents_a_row": ("latents_a_row", "whole"),
+    "span": ("span", "whole", "mean"),
+    "token_topic_5": ("probes", "token_topic", "whole", "5"),
+    "token_topic_5_lead": ("probes", "token_topic", "lead", "5"),
+    "token_topic_5_rest": ("probes", "token_topic", "rest", "5"),
+    "doc_topic_5": ("probes", "doc_topic", "whole", "5"),
+    "document_id": ("probes", "document_id", "accuracy"),
+    "token_class_5": ("probes", "token_class", "whole", "5"),
+    "token_class_20": ("probes", "token_class", "whole", "20"),
+    "boundary": ("boundary", "lead"),
+    "redundant_share": ("redundancy", "share_above_0.9"),
+    "together": ("redundancy", "together_count"),
+    "together_mass_share": ("redundancy", "together_mass_share"),
+    "autocorr_1_apart": ("redundancy", "apart", "autocorr", "mean"),
+    "autocorr_1_mass_apart": ("redundancy", "apart", "autocorr", "mass"),
+    "autocorr_within_1_apart": ("redundancy", "apart", "autocorr_within", "mean")}
+SEPARATIONS = {  # name: the probe, the group that should know more, the one that should know less
+    "separation_topic": ("token_topic", "lead", "rest"),
+    "separation_token": ("token_class", "rest", "lead")}
 
 
-def difference(a, b):
-    """a - b; None where one of them is null."""
-    if a is None or b is None:
-        return None
-    return a - b
+def look_up(tree, path):
+    """The value at a path of keys and list indices; None where a list is too short."""
+    for key in path:
+        if isinstance(tree, list) and key >= len(tree):
+            return None
+        tree = tree[key]
+    return tree
 
 
 def headline(core, consistency):
-    """The flat names of final_info.json and their values for one seed; None is left out later."""
-    c = consistency
-    probes_5 = {}
-    for kind in ("token_topic", "doc_topic", "token_class"):
-        for group in GROUPS:
-            probes_5[kind, group] = c["probes"][kind][group]["5"]
-    rho = c["autocorr"]
-    apart = c["redundancy"]["apart"]
+    """The values of final_info.json for one seed. What is None here is left out there."""
     ours = core["eval_result_unstructured"]["ours"]
     out = {name: ours[name] for name in CORE_KEYS}
-    return out | {
-        "autocorr_1": rho["whole"]["mean"][0],
-        "autocorr_1_mass": rho["whole"]["mass"][0],
-        "autocorr_within_1": c["autocorr_within"]["whole"]["mean"][0],
-        "autocorr_16": at_lag(c, rho["whole"]["mean"], 16),
-        "autocorr_16_lead": at_lag(c, rho["lead"]["mean"], 16),
-        "autocorr_16_rest": at_lag(c, rho["rest"]["mean"], 16),
-        "autocorr_16_best": at_lag(c, c["autocorr_best"]["mean"], 16),
-        "support_jaccard": c["support_jaccard"]["whole"],
-        "kappa_1": c["kappa"]["whole"]["mean"][0],
-        "smoothness_S": c["smoothness_S"]["whole"],
-        "S_sum": c["S_sum"]["whole"],
-        "latents_a_row": c["latents_a_row"]["whole"],
-        "span": c["span"]["whole"]["mean"],
-        "token_topic_5": probes_5["token_topic", "whole"],
-        "token_topic_5_lead": probes_5["token_topic", "lead"],
-        "token_topic_5_rest": probes_5["token_topic", "rest"],
-        "doc_topic_5": probes_5["doc_topic", "whole"],
-        "document_id": c["probes"]["document_id"]["accuracy"],
-        "token_class_5": probes_5["token_class", "whole"],
-        "token_class_20": c["probes"]["token_class"]["whole"]["20"],
-        "separation_topic": difference(
-            probes_5["token_topic", "lead"], probes_5["token_topic", "rest"]),
-        "separation_token": difference(
-            probes_5["token_class", "rest"], probes_5["token_class", "lead"]),
-        "boundary": c["boundary"]["lead"],
-        "redundant_share": c["redundancy"]["share_above_0.9"],
-        "together": len(c["redundancy"]["together"]),
-        "together_mass_share": c["redundancy"]["together_mass_share"],
-        "autocorr_1_apart": apart["autocorr"]["mean"],
-        "autocorr_1_mass_apart": apart["autocorr"]["mass"],
-        "autocorr_within_1_apart": apart["autocorr_within"]["mean"]}
+    for name, path in HEADLINE.items():
+        out[name] = look_up(consistency, path)
+    for name, (kind, more, less) in SEPARATIONS.items():
+        high = consistency["probes"][kind][more]["5"]
+        low = consistency["probes"][kind][less]["5"]
+        out[name] = None
+        if high is not None and low is not None:
+            out[name] = high - low
+    return out
 
 
 def summarise(per_seed, mcc):
@@ -2428,8 +2444,8 @@ def listed_latents(stats, fires):
     others = np.setdiff1d(alive, heavy)
     slow = others[np.argsort(-rho[others], kind="stable")[:PAGE_LATENTS - len(heavy)]]
     note = (
-        f"{PAGE_LATENTS} of {len(alive)} latents that fire: the {len(heavy)} that fire most, and of "
-        "the others those whose autocorrelation at the longest lag is highest")
+        f"{PAGE_LATENTS} of {len(alive)} latents that fire: the {len(heavy)} that fire most, and "
+        "of the others those whose autocorrelation at the longest lag is highest")
     return np.sort(np.concatenate([heavy, slow])), note
 
 
@@ -2450,8 +2466,8 @@ def page_latents(page, scorer, stats, table, listed, up):
         _, value = page.firings(latent)
         entry |= {
             "topic": best[latent], "topic_lift": lift[latent], "top": page.top(latent),
-            "up": tokens, "max": value.max(initial=0.0), "passages": page.passages(latent)}
-        out.append(plain(entry, 3))
+            "up": tokens, "max": value.max(initial=0.0)}
+        out.append(plain(entry, 3) | {"passages": page.passages(latent)})
     return out
 
 
@@ -2469,18 +2485,19 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
     for name, value in found["means"].items():
         numbers[name] = [value, found["stderrs"].get(name)]
     scored_on = consistency["scored_on"]
-    return plain({
+    about = {
         "run": run, "seed": cfg["seed"], "model": scored_on["model"], "layer": scored_on["layer"],
         "d_sae": sae.W_dec.shape[0], "k": ours.get("k", sae.spec.get("k")),
         "sparsity": ours.get("sparsity", sae.selection), "lead": scorer.n_lead,
         "dataset": scored_on["dataset"], "temp_loss": cfg.get("temp_loss"),
         "temp_alpha": cfg.get("temp_alpha"), "window": cfg.get("window"),
-        "headline": plain(numbers, 5), "note": note,
+        "headline": numbers, "note": note}
+    return plain(about, 5) | {
         "clusters": [cluster["name"] for cluster in consistency["clusters"]["list"]],
-        "topics": page.known.topic_names, "tokens": page.strings, "rows": page.index,
+        "topics": page.known.topic_names, "tokens": page.strings, "rows": page.index.tolist(),
         "docs": page.documents(),
         "latents": page_latents(page, scorer, stats, consistency["latents"], listed, up),
-        "texts": page.texts()})
+        "texts": page.texts()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2544,7 +2561,7 @@ def leading_latents(sae, cfg):
     fraction = cfg.get("temporal_fraction", 1.0)
     if not 0 < fraction < 1:
         fraction = DEFAULT_LEAD
-    return round(fraction * d_sae)
+    return max(1, round(fraction * d_sae))
 
 
 class HeldOut(NamedTuple):
@@ -2908,15 +2925,15 @@ def parse(argv):
         "runs", nargs="+", metavar="RUN", help="one: score it; several: compare their scores")
     parser.add_argument("--out", metavar="DIR", help="write here, not over the run's own scores")
     parser.add_argument("--rows", metavar="FILE.npy", help="your own int (N,T) rows, BOS in place")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for name, kind, text in OPTIONS:
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
         parser.add_argument(*flags, dest=name, type=kind, help=text)
     return parser.parse_args(argv)
 
 
-def command(argv):
+def command(args):
     """Do what the command line says."""
-    args = parse(argv)
     runs = [find_run(name) for name in args.runs]
     changes = {}
     for name, _, _ in OPTIONS:
@@ -2933,18 +2950,37 @@ def command(argv):
     print(f"written: {args.out or runs[0]}")
 
 
+def report(error, debug):
+    """Print one sentence for an error, with debug its traceback too. -> exit code
+
+    A ValueError of our own is the user's to mend (2); one from inside a library is a failure (1).
+    """
+    if debug:
+        traceback.print_exception(error)
+    sentence = prepare.first_line(error)
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
+    ours = last in ("evaluate.py", "prepare.py")
+    if not ours and not debug:
+        sentence += " (--debug shows where)"
+    print(f"error: {sentence}", file=sys.stderr)
+    if ours and isinstance(error, ValueError):
+        return 2
+    return 1
+
+
 def main(argv=None):
     """The command. -> exit code: 0, 1 it failed, 2 bad usage or input, 130/143 stopped."""
+    debug = False
     try:
+        args = parse(argv)
+        debug = args.debug
         with sigterm_raises():
-            command(argv)
-    except ValueError as error:
-        print(f"error: {prepare.first_line(error)}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError, MemoryError) as error:
-        print(f"error: {prepare.first_line(error) or type(error).__name__}", file=sys.stderr)
-        return 1
+            command(args)
+    except Exception as error:  # whatever went wrong, the user gets one sentence
+        return report(error, debug)
     except KeyboardInterrupt:
+        if argv is not None:  # called from Python: stop the caller's loop too
+            raise
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     except Terminated:

