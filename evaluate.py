@@ -388,20 +388,11 @@ def permute_segments(seg, rng):
     return index
 
 
-def label_text(label):
-    """A topic label as text. str, int and bool are labels; anything else, and "", is none."""
-    if isinstance(label, (str, int, np.integer, np.bool_)):
-        return str(label).strip()
-    return ""
-
-
 def token_topics(rows):
     """-> (sorted names of the topics, (N*T,) index of each token's topic or -1)."""
     documents, where = np.unique(rows.doc.ravel(), return_inverse=True)
-    labels = [label_text(rows.topics.get(number - 1)) for number in documents.tolist()]
-    if documents[0] == 0:  # tokens that are left out have no document
-        labels[0] = ""
-    names = sorted(set(labels) - {""})
+    labels = [rows.topics.get(number - 1) for number in documents.tolist()]  # None: has none
+    names = sorted(set(labels) - {None})
     number_of = {name: number for number, name in enumerate(names)}
     index = np.array([number_of.get(label, -1) for label in labels])
     return names, index[where]
@@ -1714,10 +1705,10 @@ def slow_directions(moments, n):
 def linear_limit(x, known, lags):
     """How long the slowest linear read-outs of one token last: what a code could reach.
 
-    x (n,d) tensor: the sample's raw activations.
-    Directions are fitted at LIMIT_LAG on one half of the documents (at random) and scored on the
-    other: their autocorrelation (pooled, centred globally) at each lag, mean over the first 10, 50
-    and 100. NaN where there are fewer dimensions, or no pair in a half.
+    x (n,d) tensor: the sample's raw activations. Directions are fitted at LIMIT_LAG on one half of
+    the documents (at random) and scored on the other: their autocorrelation, pooled and centred
+    globally, at each lag; mean over the first 10, 50 and 100. NaN where there are fewer dimensions,
+    or no pair in a half.
     """
     d = x.shape[1]
     blocks = x.split(BATCH_ROWS * known.context)
@@ -1817,7 +1808,8 @@ def boundary_auroc(values, places, centre=0):
 def boundary(codes, known, groups, raw):
     """boundary: does the mean code of 8 tokens change more at a join than inside a document?
 
-    codes csr of the sample; raw: the AUROC of raw activations. The headline is the lead's.
+    1 - cos, taken as 1 where no latent fires in the 8 tokens, is the score of an AUROC. codes csr
+    of the sample; raw: the AUROC of raw activations (centred). The headline is the lead's.
     """
     places = boundary_places(known)
     out = {group: boundary_auroc(codes[:, part], places) for group, part in groups.items()}
@@ -2228,7 +2220,8 @@ def summarise(per_seed, mcc):
 PAGE_TOKENS = 65_536  # tokens of the rows that the page can show
 PAGE_LATENTS = 4096  # latents listed at most
 PUSHED_UP = 8  # tokens named that a latent's decoder row raises most
-BEFORE, AFTER = 16, 8  # tokens of a passage on each side of the one it is chosen for
+BEFORE = 16  # tokens of a passage before the one it is chosen for
+AFTER = 8  # ... and after it
 QUANTILES = (("90%", 0.9), ("50%", 0.5), ("10%", 0.1))
 TEXTS = 6  # passages whose codes are saved whole, besides one that joins two documents
 
@@ -2258,15 +2251,16 @@ def topic_preference(codes, topic, n_topics):
     counted in standard deviations of that number. -> (d_sae,) topic or -1, (d_sae,) lift
     """
     known = topic >= 0
+    if not known.any():
+        return np.full(codes.shape[1], -1), np.full(codes.shape[1], math.nan)
     place = (topic[known], np.flatnonzero(known))
     one_hot = sparse.csr_matrix((np.ones(known.sum()), place), shape=(n_topics, len(topic)))
     on = sparse.csr_matrix((np.ones(codes.nnz), codes.indices, codes.indptr), shape=codes.shape)
     fires = (one_hot @ on).toarray()
-    share = np.bincount(topic[known], minlength=n_topics) / max(known.sum(), 1)
+    share = np.bincount(topic[known], minlength=n_topics) / known.sum()
     expected = share[:, None] * fires.sum(0)
     beyond = (fires - expected) / np.sqrt(np.maximum(expected, 1e-12))
-    if n_topics == 0:
-        return np.full(codes.shape[1], -1), np.full(codes.shape[1], math.nan)
+    beyond[share == 0] = -np.inf
     best = beyond.argmax(0)
     every = np.arange(codes.shape[1])
     fired = fires.sum(0) > 0
@@ -2337,7 +2331,8 @@ class Page:
         out = [[] for _ in self.index]
         if len(out):
             for row, start, stop in self.segments:
-                out[row].append([start, stop, int(self.topic[row * self.context + start])])
+                topic = int(self.known.topic[row * self.context + start])
+                out[row].append([start, stop, topic])
         return out
 
     def firings(self, latent):
@@ -2401,7 +2396,8 @@ class Page:
         ranked = []
         for number, (row, start, stop) in enumerate(self.segments):
             follows = number + 1 < len(docs) and self.segments[number + 1][0] == row
-            whole = follows and times[docs[number]] == 1
+            # the first row may begin with the end of a document that is not here
+            whole = follows and times[docs[number]] == 1 and row > 0
             topic = int(self.topic[row * self.context + start])
             ranked.append((not whole, start - stop, number, topic))
         ranked.sort()
@@ -2415,9 +2411,9 @@ class Page:
             if number not in picked and len(picked) < TEXTS:
                 picked.append(number)
         out = [self.excerpt("document", *self.segments[number]) for number in sorted(picked)]
-        return out + self.join(docs)
+        return out + self.join()
 
-    def join(self, docs):
+    def join(self):
         """The two neighbouring segments of which the shorter one is longest, if there are two."""
         best = 0
         found = []
@@ -2449,7 +2445,7 @@ def listed_latents(stats, fires):
     return np.sort(np.concatenate([heavy, slow])), note
 
 
-def page_latents(page, scorer, stats, table, listed, up):
+def page_latents(page, stats, table, listed, up):
     """The entries of "latents". table: the block "latents" of consistency.json."""
     place = {latent: at for at, latent in enumerate(table["index"])}
     best, lift = topic_preference(page.codes, page.topic, len(page.known.topic_names))
@@ -2496,7 +2492,7 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
         "clusters": [cluster["name"] for cluster in consistency["clusters"]["list"]],
         "topics": page.known.topic_names, "tokens": page.strings, "rows": page.index.tolist(),
         "docs": page.documents(),
-        "latents": page_latents(page, scorer, stats, consistency["latents"], listed, up),
+        "latents": page_latents(page, stats, consistency["latents"], listed, up),
         "texts": page.texts()}
 
 
@@ -2519,6 +2515,8 @@ def read_settings(folder, changes):
     own = {}
     if config_file.is_file():
         own = prepare.read_json(config_file)
+    elif not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such run")
     elif not (folder / "sae_weights.safetensors").is_file():
         raise ValueError(
             f"{folder} holds neither a run (config.json) nor an SAE (sae_weights.safetensors)")
@@ -2569,17 +2567,13 @@ class HeldOut(NamedTuple):
 
     lm: torch.nn.Module  # None where activations were given
     block: torch.nn.Module  # the hooked decoder block; None likewise
-    text: object  # function: token id -> string
+    text: object  # function: token id -> string, not called where there is no text
     ce_rows: Rows  # for CE and KL
     rows: Rows  # for everything else
     read: object  # function: (start, stop) -> activations (n,T,d_in) of `rows`
     hash: str  # of what the rows hold
+    identity: dict  # of model and text, as a run records it; None with rows of the user's own
     scored_on: dict  # model, layer, dtype and data set, as the record names them
-
-
-def no_text(token):
-    """Stands for the text of a token where there is none."""
-    return ""
 
 
 def check_width(d_in, width, what):
@@ -2608,7 +2602,8 @@ def hold_out_acts(cfg, width):
         "dataset": Path(cfg["acts"]).stem}
     rows = Rows(None, doc, {})
     return HeldOut(
-        None, None, no_text, rows.cut(0, 0), rows, read, digest.hexdigest(), scored_on)
+        None, None, str, rows.cut(0, 0), rows, read, digest.hexdigest(), data.identity,
+        scored_on)
 
 
 def hold_out_text(cfg, rows_file, width, device):
@@ -2626,6 +2621,7 @@ def hold_out_text(cfg, rows_file, width, device):
     d_in, _, vocab_size = prepare.model_shape(model, cache)
     check_width(d_in, width, f"a layer of {public_name(model)}")
     special = prepare.special_ids(prepare.load_tokenizer(model, cache))
+    identity = None
     if rows_file:
         rows = rows_of_tokens(tokens, special)
     else:
@@ -2635,6 +2631,7 @@ def hold_out_text(cfg, rows_file, width, device):
         rows = Rows(
             np.asarray(held["tokens"], np.int64), np.asarray(held["doc"], np.int32),
             inputs.topics or {})
+        identity = inputs.identity
     check_tokens(rows.tokens, vocab_size, special[0])
     n_ce = cfg["reconstruction_rows"]
     if not 0 <= n_ce < len(rows.tokens):
@@ -2650,7 +2647,19 @@ def hold_out_text(cfg, rows_file, width, device):
         "dtype": str(dtype).removeprefix("torch."), "dataset": dataset}
     return HeldOut(
         lm, block, prepare.token_text(tokenizer), rows.cut(0, n_ce), rest, read,
-        prepare.sha256(rows.tokens, rows.doc), scored_on)
+        prepare.sha256(rows.tokens, rows.doc), identity, scored_on)
+
+
+def check_recorded(run_dir, identity):
+    """A note where the run's record names other inputs: then what is held out may be trained on."""
+    recorded = None
+    if (run_dir / "environment.json").is_file():
+        recorded = prepare.read_json(run_dir / "environment.json").get("inputs")
+    if recorded is None or identity is None or recorded == json.loads(json.dumps(identity)):
+        return {}
+    return {
+        "inputs": "the model or the text is not, or may not be, the one of the run's record: "
+        "documents held out here may have been trained on"}
 
 
 def score_behaviour(held_out, saes):
@@ -2708,6 +2717,7 @@ def evaluate_run(run_dir, *, rows_file=None, out=None, **changes):
         held_out = hold_out_acts(cfg, width)
     else:
         held_out = hold_out_text(cfg, rows_file, width, device)
+    notes |= check_recorded(run_dir, held_out.identity)
     for sae in saes:
         sae.to(device)
     rows, left_out = leave_out_sinks(held_out.rows, held_out.read)

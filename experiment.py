@@ -261,9 +261,15 @@ class SAE(torch.nn.Module):
         std = x.std(-1, keepdim=True)
         return (x - mean) / (std + 1e-5), mean, std
 
-    def pre_activations(self, x, latents=slice(None)):
-        """x (B, d_in) -> (B, d_sae), or only the columns `latents`."""
-        return F.linear(x - self.b_dec, self.W_enc.t()[latents], self.b_enc[latents])
+    def pre_activations(self, x, latents=None):
+        """(x - b_dec) @ W_enc + b_enc: x (B, d_in) -> (B, d_sae), or only the columns `latents`."""
+        W, bias = self.W_enc.t(), self.b_enc
+        if latents is not None:
+            W, bias = W[latents], bias[latents]
+        # b_dec gets its gradient by way of a term of the bias that is 0. By way of x it would
+        # take one more dense product.
+        b_dec = self.b_dec.detach()
+        return F.linear(x - b_dec, W, bias + (b_dec - self.b_dec) @ W.detach().t())
 
     def activate(self, pre):
         """The nonlinearity. gelu is not homogeneous: it is taken at the scale of training."""
@@ -354,7 +360,7 @@ def window_mean_target(x, doc, cfg, step):
     """
     if cfg.control == "permuted":
         generator = torch.Generator().manual_seed(step)
-        noise = torch.rand(doc.shape, generator=generator).to(doc.device)
+        noise = to_device(torch.rand(doc.shape, generator=generator), doc.device)
         first = torch.ones_like(doc)
         first[:, 1:] = doc[:, 1:] != doc[:, :-1]
         run = first.cumsum(1)  # numbers the stretches of one document
@@ -470,7 +476,8 @@ def infonce_loss(codes, doc, window, temperature, cosine=True):
         b = F.normalize(b, dim=1, eps=1e-6)
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
     allowed = ok[:, None] & ok & ((owner[:, None] != owner) | own)
-    logits = (a @ b.t()).float() / temperature
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 is too coarse for a logit of 50
+        logits = a @ b.t() / temperature
     logits = logits.masked_fill(~(allowed | own), -torch.inf)
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
     return -(log_p * ok).sum() / 2 / ok.sum().clamp(min=1)
@@ -515,8 +522,8 @@ class DenseCodes:
         return self.acts
 
     def fired(self):
-        """(n_latents,) number of tokens at which each latent is active."""
-        return (self.acts > 0).sum(0).float()
+        """(n_latents,) 1 for each latent that is active at some token, else 0."""
+        return (self.acts.amax(0) > 0).float()
 
     def l0(self):
         """Number of active codes in the batch."""
@@ -524,26 +531,26 @@ class DenseCodes:
 
     def l1(self):
         """Sum of all codes in the batch."""
-        return self.acts.float().sum()
+        return self.acts.sum(dtype=torch.float32)
 
 
 def encode_dense(sae, x, ok, n_valid):
     """x (B, d_in), ok (B,) bool with n_valid true -> DenseCodes. Never waits for the device."""
     pre = sae.pre_activations(x)
-    acts = sae.activate(pre) * ok[:, None]
+    if sae.sparsity == "l1":
+        return DenseCodes(sae.activate(pre) * ok[:, None])
     if sae.sparsity == "topk":
-        acts = keep_top(acts, pre, sae.k)
-    if sae.sparsity == "batchtopk":
-        # A token hardly ever takes more than 4k codes, so the k*B largest of the batch are among
-        # the 4k largest of each row. That spares a sort of the whole batch.
-        with torch.no_grad():
-            pre = pre.masked_fill(~ok[:, None], -torch.inf)
-            rows = pre.topk(min(4 * sae.k, pre.shape[1]), dim=-1, sorted=False).values
-            keep = min(max(1, sae.k * n_valid), rows.numel())
-            threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
-            sae.threshold.copy_(threshold)
-        acts = acts * (pre >= threshold)
-    return DenseCodes(acts)
+        return DenseCodes(keep_top(sae.activate(pre), pre, sae.k) * ok[:, None])
+    # A token hardly ever takes more than 4k codes, so the k*B largest of the batch are among the
+    # 4k largest of each row. That spares a sort of the whole batch.
+    with torch.no_grad():
+        rows = pre.topk(min(4 * sae.k, pre.shape[1]), dim=-1, sorted=False).values
+        rows = rows.masked_fill(~ok[:, None], -torch.inf)
+        keep = min(max(1, sae.k * n_valid), rows.numel())
+        threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
+        sae.threshold.copy_(threshold)
+        least = torch.where(ok, threshold, torch.inf)  # a token that is left out gets no codes
+    return DenseCodes(sae.activate(pre) * (pre >= least[:, None]))
 
 
 class Trainer:
@@ -756,8 +763,9 @@ class Activations(NamedTuple):
         per_row = self.doc.shape[1] // chunk_size
         row, place = self.order[ids // per_row], ids % per_row
         if len(self.files) == 1:
-            whole = self.files[0].unflatten(1, (per_row, chunk_size))
-            return whole[torch.from_numpy(row), torch.from_numpy(place)]
+            whole = self.files[0].unflatten(1, (per_row, chunk_size)).flatten(0, 1)
+            index = torch.from_numpy(row * per_row + place)
+            return whole[to_device(index, whole.device)]
         found = []
         for r, at in zip(row, place * chunk_size):
             rows = self.files[r // self.rows_a_file]
@@ -851,6 +859,8 @@ class Harvest:
             self.delete_part()
             rows = self.inputs.train.select(range(number * self.n_rows, (number + 1) * self.n_rows))
             part = self.harvested_rows(rows, f"train {number} of {self.n_parts}")
+            if self.n_parts == 1:
+                prepare.release_lm()  # what it took is free for training
         self.part_number = number
         self.part = on_device(part, self.device)
         n_valid = int((part.doc > 0).sum())
@@ -1023,11 +1033,10 @@ def train(cfg, seed, harvest, stop):
                 saved_at = time.perf_counter()
             if stopped:
                 raise Interrupted(stopped)
-    sae = trainer.sae.cpu()
     if cfg.sparsity == "batchtopk":
-        fit_threshold(sae, harvest)
-    sae.fold_scale(harvest.stats.scale)
-    return sae
+        fit_threshold(trainer.sae, harvest)
+    trainer.sae.fold_scale(harvest.stats.scale)
+    return trainer.sae.cpu()
 
 
 @torch.no_grad()
@@ -1036,7 +1045,7 @@ def fit_threshold(sae, harvest):
 
     They were never trained on: on training rows L0 of new text comes out a percent too high.
     """
-    x = harvest.calibration_tokens() * harvest.stats.scale
+    x = harvest.calibration_tokens().to(harvest.device) * harvest.stats.scale
     if sae.layernorm:
         x = sae.normalise(x)[0]
     candidates = []
@@ -1555,8 +1564,7 @@ class SparseCodes:
         return self.acts.new_zeros(self.shape).index_put(where, self.acts)
 
     def fired(self):
-        counts = torch.zeros(self.shape[1])
-        return counts.index_add_(0, self.pairs.latent, (self.acts > 0).float())
+        return torch.zeros(self.shape[1]).index_fill_(0, self.pairs.latent[self.acts > 0], 1.0)
 
     def l0(self):
         return (self.acts != 0).sum()
