@@ -429,11 +429,17 @@ def test_controls_break_the_order_and_nothing_else(quick, chunks):
     assert torch.allclose(found[0][8].sum(0), plain[8].sum(0), atol=1e-5)  # each token once
 
 
-def test_scale_and_offset_do_not_lower_the_selective_loss(chunks):
-    codes, _, doc = chunks
-    codes = codes.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(experiment.selective_loss(codes, doc, 3), codes)
-    assert abs((grad * codes).sum()) < 1e-6 and grad.sum((0, 1)).abs().max() < 1e-6 < grad.norm()
+SHRINKING = {"sqdiff": 2, "variance": 0, "autocorr": 2, "selective": 0}
+
+
+@pytest.mark.parametrize("name", experiment.PAIR_LOSSES)
+def test_what_is_constant_to_the_gradient(chunks, name):
+    """Scaling the codes gains as much as the loss's power of them, an offset nothing."""
+    codes = chunks[0].clone().requires_grad_()
+    loss = experiment.PAIR_LOSSES[name](codes, chunks[2], 3)
+    (grad,) = torch.autograd.grad(loss, codes)
+    close((grad * codes).sum().item(), SHRINKING[name] * loss.item(), floor=1e-6)
+    assert name == "variance" or grad.sum((0, 1)).abs().max() < 1e-5 < grad.norm()
 
 
 @pytest.mark.parametrize("module", [experiment, prepare, evaluate], ids=str)
@@ -513,6 +519,8 @@ def test_each_term_of_the_loss_equals_its_formula(quick):
     close(terms["auxk"].item(), (error / residual[:64][ok[:64]].square().sum()).item())
     total = terms["recon"] + 0.5 * terms["temporal"] + 0.2 * terms["matryoshka"]
     close(terms["loss"].item(), (total + terms["auxk"] / 32).item())
+    along = (trainer.sae.W_dec.grad * before.W_dec).sum(1)
+    assert along.abs().max() < 1e-6, "a decoder row's length is no direction to go"
 
 
 @pytest.mark.parametrize("hint", [0.0, 0.1, 10.0])  # the last step's threshold
@@ -630,13 +638,13 @@ def test_no_document_is_in_two_splits_and_those_held_out_are_spread(tiny):
 
 
 def test_equal_texts_stay_on_one_side(work, lm_dir):
-    doubled = [STORIES[i % 70] for i in range(210)]
-    inputs = rows_of(write(work / "doubled.jsonl", json_lines(doubled)), lm_dir)
+    copies = [STORIES[i % 20] for i in range(200)]
+    inputs = rows_of(write(work / "copies.jsonl", json_lines(copies)), lm_dir)
     sides = []
     for split in SPLITS:
-        sides.append({doubled[n]["text"] for n in documents_in(getattr(inputs, split))})
+        sides.append({n % 20 for n in documents_in(getattr(inputs, split))})
     assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
-    assert inputs.report["duplicates"] > 20
+    assert inputs.report["duplicates"] > 50
 
 
 def test_an_endless_document_is_cut_and_special_tokens_spelt_out_are_dropped(work, lm_dir, capsys):
@@ -833,7 +841,8 @@ def test_a_pass_serves_each_chunk_once_whole_and_as_the_model_gives_it(work, qui
     again = experiment.Harvest(cfg)
     assert torch.equal(again.batch(0, steps - 1)[0], x), "a batch depends on seed and step alone"
     x = again.batch(0, 0)[0]
-    assert not torch.equal(again.batch(1, 0)[0], x)
+    assert not torch.equal(again.batch(1, 0)[0], x) and not torch.equal(again.batch(0, steps)[0], x)
+    x = experiment.Harvest(cfg).batch(0, 0)[0]
     other = config(quick, cache_dir=cache, cache_gb=gigabytes, temp_alpha=0, d_sae=128, lr=1e-4)
     assert torch.equal(experiment.Harvest(other).batch(0, 0)[0], x), "compared runs are not paired"
 
@@ -1707,6 +1716,16 @@ def test_copied_latents_are_found_redundant_and_together(work, base, core, tiny,
     assert means(out)["together"] == len(found["together"])
 
 
+@pytest.mark.parametrize("firings", [19, 20])
+def test_latents_that_fire_less_than_20_times_do_not_count(work, base, tiny, hand, firings):
+    w = weights(base)
+    i = int((hand.f[hand.ok] > 0).sum(0).argmax())
+    pre = np.sort(hand.f[hand.ok][:, i])
+    w["threshold"][i] = (pre[-firings] + pre[-firings - 1]) / 2
+    out = judged(save_foreign(work / "known" / f"{firings} firings", w), tiny)
+    assert read(out / "consistency.json")["groups"]["whole"]["scored"] == 44 + firings
+
+
 def test_matching_across_seeds_undoes_a_permutation():
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(40, 8, generator=generator)
@@ -1798,7 +1817,7 @@ def stopped_at(out, words, lines, number=signal.SIGTERM):
 
 
 LONG = {"train_tokens": 256 * 250, "log_every": 1, "d_sae": 256, "auxk_alpha": 0.1,
-        "dead_tokens": 500}
+        "dead_tokens": 4500}
 STOPS = {  # name: (settings, lines of the log at which a SIGTERM comes)
     "once": ({}, [3]),
     "three times, over two seeds": ({"n_seeds": 2}, [40, 200, 300]),
@@ -1853,6 +1872,21 @@ def test_ctrl_c_stops_a_loop_of_runs_and_handlers_are_restored(work, quick, caps
         stopped_at(work / "ctrl_c", argv(quick, **LONG), 5, signal.SIGINT)
     assert "the same command and --resume" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_file_is_written_whole_or_not_at_all(work):
+    path = write(work / "whole" / "file", "old")
+
+    def fail(part):
+        part.write_text("half of it")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError):
+        prepare.write_whole(path, fail)
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    with open(path) as reader:
+        prepare.write_whole(path, lambda part: part.write_text("new"))
+        assert reader.read() == "old" and path.read_text() == "new"
 
 
 @pytest.mark.parametrize("damage", ["pickle", "cut", "text", "other"])
@@ -2612,7 +2646,7 @@ def grid_rows():
 
 @pytest.fixture(scope="session")
 def records(work, base, seeds):
-    """A runs/ directory as it is in git, without weights; two runs of the study, one of the user's."""
+    """A runs/ directory as it is in git, without weights: two runs of the study, one more."""
     runs = work / "records"
     for name, source in (("study/run_0", seeds), ("study/run_6", seeds), ("mine", base)):
         no_weights = shutil.ignore_patterns("*.safetensors", ".lock")
