@@ -102,9 +102,8 @@ class Config:
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent",
                      ("tied", "xavier"))
     # -- temporal consistency
-    temp_loss: str = flag("window_mean", "see the section on temporal consistency",
-                          ("window_mean", "sqdiff", "variance", "autocorr", "selective",
-                           "infonce", "infonce_dot"))
+    temp_loss: str = flag("window_mean", "window_mean, infonce, infonce_dot, or one of PAIR_LOSSES: "
+                          "sqdiff, variance, autocorr, selective; see section 3")
     temp_alpha: float = flag(0.3, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart belong to one sliding window; "
                        "1 is the baseline", least=1)
@@ -116,7 +115,7 @@ class Config:
     control: str = flag("none", "window_mean: take the target from another document, or from a "
                         "random place of the same document", ("none", "other_docs", "permuted"))
     # -- training
-    train_tokens: int = flag(3_000_000, "token visits; the harvest is gone round", least=1)
+    train_tokens: int = flag(3_000_000, "token visits; the harvest is reused", least=1)
     batch_size: int = flag(4096, "tokens a step, over all processes", least=1)
     chunk_size: int = flag(32, "neighbouring tokens that stay together when data is shuffled", least=1)
     lr: float = flag(6e-3, "Adam's peak learning rate", above=0)
@@ -164,6 +163,8 @@ def check(cfg):
         check_value(f.name, getattr(cfg, f.name), **f.metadata)
     n_chunks = cfg.batch_size // cfg.chunk_size
     refuse = {
+        f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}":
+            cfg.temp_loss not in TEMP_LOSSES,
         f"--out_dir {cfg.out_dir} does not name a directory of its own":
             Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),
         f"--seed {cfg.seed} is too large: it must fit 63 bits": cfg.seed + cfg.n_seeds > 2**63,
@@ -213,6 +214,11 @@ def check_value(name, value, help, choices, least, above):
 # ------------------------------------------------------------------------------------------------
 # 2. SAE
 # ------------------------------------------------------------------------------------------------
+
+
+# What SAELens calls an SAE of each --sparsity. batchtopk is saved as the jumprelu that it is at
+# inference.
+ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
 
 
 class SAE(torch.nn.Module):
@@ -363,8 +369,8 @@ def window_mean_target(x, doc, cfg, step):
         noise = to_device(torch.rand(doc.shape, generator=generator), doc.device)
         first = torch.ones_like(doc)
         first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-        run = first.cumsum(1)  # numbers the stretches of one document
-        order = (run + 0.99 * noise).argsort(1)
+        stretch = first.cumsum(1)  # numbers the stretches of one document
+        order = (stretch + 0.99 * noise).argsort(1)
         x = x.gather(1, order[..., None].expand_as(x))
     target, enough = window_mean(x, doc, cfg.window)
     if cfg.control == "other_docs":
@@ -458,7 +464,7 @@ def selective_loss(codes, doc, window):
 
 
 def infonce_loss(codes, doc, window, temperature, cosine=True):
-    """Symmetric InfoNCE: z_t is to be told from codes of other documents by z_{t+1}.
+    """Symmetric InfoNCE: z_{t+1} must identify z_t among the codes of other documents.
 
     Bhalla et al. 2025 (T-SAE). cosine: of cosines, as published; else of inner products, as in
     their released code. `window` has no part in it. Every fourth pair of a chunk takes part.
@@ -485,6 +491,7 @@ def infonce_loss(codes, doc, window, temperature, cosine=True):
 
 PAIR_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss,
                "selective": selective_loss}
+TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -569,7 +576,8 @@ class Trainer:
         self.silent_tokens = torch.zeros(cfg.d_sae, device=device)  # since a latent last fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices of dead latents
         self.matmul_dtype = prepare.pick_dtype(cfg.matmul_dtype, str(device))
-        sparse = self.device.type == "cpu" and cfg.sparsity != "l1"
+        # On a CPU: section 9, the same numbers, faster.
+        sparse = self.device.type == "cpu" and cfg.sparsity in ("topk", "batchtopk")
         self.encode = encode_sparse if sparse else encode_dense
 
     def step(self, x, doc, n_valid, step, log=False):
@@ -652,7 +660,7 @@ class Trainer:
     def auxk_loss(self, x, residual, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
 
-        On a quarter of the batch, whose chunks are shuffled: it is dense and would else cost more
+        On a quarter of the batch, whose chunks are shuffled: it is dense and would otherwise cost more
         than the rest of the step.
         """
         sae, dead, n = self.sae, self.dead, len(x) // 4
@@ -754,7 +762,7 @@ class Activations(NamedTuple):
     """Rows of activations, memory-mapped from files or resident on the device."""
 
     files: list  # tensors (rows_a_file, T, d_in) in the model's dtype; the last may be shorter
-    doc: np.ndarray  # (N, T) int32, document of each token + 1; 0 is left out
+    doc: np.ndarray  # (N, T) int32, a number for the document of each token; 0 is left out
     order: np.ndarray  # (N,) where row n stands in the files
     rows_a_file: int
 
@@ -816,10 +824,10 @@ class Harvest:
         """Rows (row numbers) of the user's own activations."""
         blocks = torch.from_numpy(rows).split(SHARD_ROWS)
         norms = torch.cat([self.own.acts[block].float().norm(dim=-1) for block in blocks])
-        doc = self.left_out(self.own.doc[rows], norms.numpy())
+        doc = self.mask_sinks(self.own.doc[rows], norms.numpy())
         return Activations([self.own.acts], doc, rows, len(self.own.acts))
 
-    def left_out(self, doc, norms):
+    def mask_sinks(self, doc, norms):
         """doc (N, T) with 0 also at attention sinks and at padding, whose norm is 0.
 
         The calibration rows, which come first, say what a sink is.
@@ -846,10 +854,10 @@ class Harvest:
         norms = torch.cat([file["norm"] for file in files]).numpy()
         self.part_folder = folder
         acts = [file["acts"] for file in files]
-        return Activations(acts, self.left_out(doc, norms), np.arange(len(doc)), SHARD_ROWS)
+        return Activations(acts, self.mask_sinks(doc, norms), np.arange(len(doc)), SHARD_ROWS)
 
     def load_part(self, number):
-        """Have part `number` in self.part, on the device if it fits there."""
+        """Load part `number` into self.part, on the device if it fits there."""
         if number == self.part_number:
             return
         self.part = None
@@ -882,9 +890,9 @@ class Harvest:
         cfg = self.cfg
         n_chunks = self.n_rows * self.row_chunks
         per_step = cfg.batch_size // cfg.chunk_size
-        visit, place = divmod(step, n_chunks // per_step)
-        self.load_part(visit % self.n_parts)
-        order = chunk_order(seed, visit, n_chunks)
+        epoch, place = divmod(step, n_chunks // per_step)
+        self.load_part(epoch % self.n_parts)
+        order = chunk_order(seed, epoch, n_chunks)
         ids = order[place * per_step : (place + 1) * per_step][RANK::WORLD]
         doc = self.part.doc.reshape(-1, cfg.chunk_size)[ids]
         x = to_device(self.part.chunks(ids, cfg.chunk_size).flatten(0, 1), self.device)
@@ -913,9 +921,9 @@ class Harvest:
 
 
 @functools.lru_cache(2)
-def chunk_order(seed, visit, n_chunks):
-    """The order of a part's chunks on one visit to it, (n_chunks,)."""
-    return np.random.default_rng([seed, visit]).permutation(n_chunks)
+def chunk_order(seed, epoch, n_chunks):
+    """The order of a part's chunks in one pass over it, (n_chunks,)."""
+    return np.random.default_rng([seed, epoch]).permutation(n_chunks)
 
 
 def text_options(cfg):
@@ -1006,7 +1014,7 @@ def train(cfg, seed, harvest, stop):
     trainer = Trainer(cfg, d_in, harvest.stats, seed, harvest.device)
     first = restore(cfg.run_dir, trainer, seed)
     log_path = cfg.run_dir / "log.jsonl" if RANK == 0 else os.devnull
-    harvest.batch(seed, first)  # what is still to be harvested comes before the clock starts
+    harvest.batch(seed, min(first, cfg.steps - 1))  # what is still to be harvested comes before the clock starts
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}",
                unit="step", mininterval=1, disable=RANK > 0)
     saved_at = began = time.perf_counter()
@@ -1026,7 +1034,7 @@ def train(cfg, seed, harvest, stop):
                 log_file.flush()
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}",
                                 tok_s=f"{rate:,.0f}", refresh=False)
-            stopped = largest(stop.signal)  # all processes stop after the same step
+            stopped = all_reduce_max(stop.signal)  # all processes stop after the same step
             due = time.perf_counter() - saved_at > 60 * cfg.checkpoint_minutes
             if RANK == 0 and (stopped or due):
                 checkpoint(cfg.run_dir, trainer, seed, step + 1)
@@ -1073,7 +1081,7 @@ def restore(run_dir, trainer, seed):
         state = None
         if RANK == 0 and path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = from_first(state)
+        state = broadcast(state)
         if state and state["seed"] == seed:
             trainer.load(state)
             first = state["step"]
@@ -1103,7 +1111,7 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """SIGINT and SIGTERM, as a context: the handlers of before are restored at its end.
+    """SIGINT and SIGTERM, as a context: the previous handlers are restored at its end.
 
     Inside `deferred` the first signal only sets a flag, which the training loop looks at when a
     step is whole; elsewhere it raises Interrupted. The same signal again leaves at once.
@@ -1147,7 +1155,7 @@ class Stop:
 # Several processes (torchrun): gloo carries what lies on the host, nccl what lies on GPUs.
 
 
-def join(device):
+def init_distributed(device):
     """Meet the other processes that torchrun started."""
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -1158,10 +1166,10 @@ def join(device):
 
 def barrier():
     """Wait until every process is here."""
-    largest(0)
+    all_reduce_max(0)
 
 
-def largest(number):
+def all_reduce_max(number):
     """The largest of the processes' whole numbers, by way of the host: a GPU does not wait."""
     if WORLD == 1:
         return number
@@ -1170,7 +1178,7 @@ def largest(number):
     return int(box)
 
 
-def from_first(value):
+def broadcast(value):
     """The first process's `value`, in all of them."""
     box = [value]
     if WORLD > 1:
@@ -1186,12 +1194,12 @@ def from_first(value):
 def save_sae(sae, folder, cfg, x):
     """Write `sae` in SAELens' format, with x (8, d_in) raw, its codes and reconstructions beside it.
 
-    batchtopk is saved as the jumprelu that it is at inference. SAELens has no gelu and no bypass:
-    those get an architecture name that it refuses to load, rather than one it would load wrongly.
+    SAELens has no gelu and no bypass: those get an architecture name that it refuses to load,
+    rather than one that it would load wrongly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
-    architecture = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}[sae.sparsity]
+    architecture = ARCHITECTURES[sae.sparsity]
     d_sae, d_in = sae.W_dec.shape
     if sae.sparsity == "batchtopk":
         tensors["threshold"] = sae.threshold.expand(d_sae).contiguous()
@@ -1236,8 +1244,9 @@ def prove_saved(sae, folder):
     with torch.no_grad():
         acts = judged.encode(reference["x"])
         x_hat = judged.decode(acts, reference["x"])
-    same = torch.allclose(acts, reference["acts"], rtol=1e-5, atol=1e-5)
-    same = same and torch.allclose(x_hat, reference["x_hat"], rtol=1e-4, atol=1e-4)
+    rounding = 1e-6 * float(reference["x"].norm(dim=1).max())
+    same = torch.allclose(acts, reference["acts"], rtol=1e-5, atol=rounding)
+    same = same and torch.allclose(x_hat, reference["x_hat"], rtol=1e-5, atol=rounding)
     if not same or not torch.equal(judged.W_dec, sae.W_dec):
         raise RuntimeError(f"{folder}: the saved SAE is not the trained one")
 
@@ -1279,7 +1288,7 @@ def git_commit(folder):
         return None
 
 
-HOW_IT_RUNS = ("out_dir", "resume", "overwrite", "debug", "cache_dir", "checkpoint_minutes")
+IGNORED_ON_RESUME = ("out_dir", "resume", "overwrite", "debug", "cache_dir", "checkpoint_minutes")
 
 
 def check_claim(cfg):
@@ -1290,7 +1299,7 @@ def check_claim(cfg):
             raise ValueError(f"--resume: {run_dir} holds no run")
         old = prepare.read_json(saved)
         new = asdict(cfg)
-        differ = [name for name in new if name not in HOW_IT_RUNS and old.get(name) != new[name]]
+        differ = [name for name in new if name not in IGNORED_ON_RESUME and old.get(name) != new[name]]
         if differ:
             raise ValueError(f"--resume: {run_dir} has other settings of {', '.join(differ)}")
         made_by = prepare.read_json(run_dir / "environment.json")["experiment_sha256"]
@@ -1324,7 +1333,7 @@ def claim(cfg, identity):
             path.unlink()
     prepare.write_json(cfg.run_dir / "environment.json", environment(cfg, identity))
     (cfg.run_dir / "experiment.py").write_text(SOURCE, encoding="utf-8")
-    settings = asdict(cfg) | {"out_dir": cfg.run_dir.name}  # no path of this machine in a record
+    settings = asdict(cfg) | {"out_dir": cfg.run_dir.name}  # a record holds no path to itself
     prepare.write_json(cfg.run_dir / "config.json", settings)
 
 
@@ -1352,8 +1361,15 @@ def locked(run_dir):
 
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. -> contents of final_info.json."""
-    if RANK == 0:
-        check_claim(cfg)
+    problem = None
+    if RANK == 0:  # only the first process looks, before it writes; all hear the answer
+        try:
+            check_claim(cfg)
+        except ValueError as e:
+            problem = str(e)
+    problem = broadcast(problem)
+    if problem:
+        raise ValueError(problem)
     with locked(cfg.run_dir) if RANK == 0 else contextlib.nullcontext():
         harvest = Harvest(cfg)
         if cfg.resume:
@@ -1363,7 +1379,7 @@ def run(cfg, stop):
         stop.can_resume = True
         for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
             folder = cfg.run_dir / f"seed_{seed}"
-            if from_first((folder / "cfg.json").exists()):  # a resumed run has done this one
+            if broadcast((folder / "cfg.json").exists()):  # a resumed run has done this one
                 continue
             sae = train(cfg, seed, harvest, stop)
             if RANK == 0:
@@ -1420,7 +1436,7 @@ def main(argv=None):
             if not cfg.acts:
                 prepare.check_model(cfg.model, cfg.layer, cfg.context_size)
                 prepare.check_text(cfg.dataset, **text_options(cfg))
-            join(prepare.pick_device(cfg.device))
+            init_distributed(prepare.pick_device(cfg.device))
             if RANK == 0:
                 print(f"run directory: {cfg.run_dir}", flush=True)
             info = run(cfg, stop)
@@ -1452,7 +1468,8 @@ def report(error, cfg):
     ours = last in ("experiment.py", "prepare.py", "evaluate.py")
     if not ours:
         sentence += " (--debug shows where)"
-    print(f"error: {sentence}", file=sys.stderr)
+    if RANK == 0 or not ours:
+        print(f"error: {sentence}", file=sys.stderr)
     return 2 if ours and isinstance(error, ValueError) else 1
 
 
@@ -1479,11 +1496,12 @@ class Pairs(NamedTuple):
 def make_pairs(token, latent, n_tokens, d_sae):
     """token (P,) sorted, latent (P,) -> Pairs."""
     sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
-    return Pairs(token, latent, starts(token, n_tokens), by_latent, starts(sorted_latent, d_sae))
+    return Pairs(token, latent, offsets(token, n_tokens), by_latent,
+                 offsets(sorted_latent, d_sae))
 
 
-def starts(keys, n):
-    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at starts[i]:starts[i+1]."""
+def offsets(keys, n):
+    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at offsets[i]:offsets[i+1]."""
     return torch.searchsorted(keys, torch.arange(n + 1, dtype=keys.dtype))
 
 
@@ -1574,7 +1592,7 @@ class SparseCodes:
 
 
 def encode_sparse(sae, x, ok, n_valid):
-    """As encode_dense, -> SparseCodes."""
+    """As encode_dense, -> SparseCodes. A bfloat16 product may choose other pairs near a tie."""
     with torch.no_grad():
         centred = x - sae.b_dec
         pairs, pre = select(sae, x, centred, ok, sae.k * n_valid)
@@ -1603,7 +1621,8 @@ def select(sae, x, centred, ok, keep):
         token = flat // d_sae
         latent = flat - token * d_sae
     W_enc = sae.W_enc.t()
-    pre = pair_products(centred, W_enc, token, latent, starts(token, n_tokens)) + sae.b_enc[latent]
+    pre = pair_products(centred, W_enc, token, latent, offsets(token, n_tokens))
+    pre = pre + sae.b_enc[latent]
     if sae.sparsity == "batchtopk" and len(pre):
         threshold = pre.topk(min(keep, len(pre)), sorted=False).values.min().clamp(min=0)
         sae.threshold.copy_(threshold)

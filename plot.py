@@ -765,24 +765,24 @@ PICTURES = {
 # ------------------------------------------------------------------------------------------------
 
 HEADLINE = {  # metric -> row of the first table
-    "token_topic_5_lead": "topic of the document from one token, 5 leading latents (AUROC)",
-    "token_topic_5": "... 5 latents of the whole dictionary",
+    "token_topic_5": "topic of the document from one token's code, 5 latents (AUROC)",
+    "token_topic_5_lead": "... 5 of the leading latents",
     "document_id": "which of 120 documents a token is from (accuracy)",
+    "boundary": "does a new document begin here, from the leading codes (AUROC)",
     "autocorr_16_lead": "autocorrelation of the leading latents at lag 16",
     "smoothness_S": "smoothness S (lower is smoother)",
+    "token_class_5": "class of a token, 5 latents (AUROC)",
     "explained_variance": "explained variance",
     "ce_loss_score": "CE loss score",
     "l0": "L0",
-    "token_class_5": "class of a token from 5 latents (AUROC)",
-    "token_class_20": "... from 20 latents",
 }
 SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_topic_5_lead",
-           "document_id", "doc_topic_5", "token_class_5", "token_class_20", "autocorr_1",
-           "autocorr_16_lead", "smoothness_S", "redundant_share", "together", "frac_alive")
+           "document_id", "boundary", "doc_topic_5", "token_class_5", "token_class_20", "autocorr_1",
+           "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "redundant_share", "together", "frac_alive")
 
 
 def with_error(values, signed=False):
-    """Mean ± standard error over seeds, with so many digits that the error has two."""
+    """Mean ± standard error over seeds, rounded so that the error shows two digits."""
     mean, error = mean_se(values)
     digits = 4
     if np.isfinite(error) and error > 0:
@@ -924,11 +924,14 @@ def main():
                            "python experiment.py --out_dir my_run\n")
         records = Records(runs, read_grid(args.runs_dir / "study.csv"), bool(args.runs))
         if args.tables:
-            for path in (HERE / "README.md", HERE / "notes.txt"):
-                path.write_text(fill_tables(path.read_text(encoding="utf-8"), records),
-                                encoding="utf-8")
+            paths = (HERE / "README.md", HERE / "notes.txt")
+            texts = [fill_tables(path.read_text(encoding="utf-8"), records) for path in paths]
+            for path, text in zip(paths, texts):
+                path.write_text(text, encoding="utf-8")
             return
         draw_pictures(records, args.out_dir)
+    except KeyError as error:
+        parser.exit(2, f"plot.py: the records hold no {error}\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"plot.py: {error}\n")
 

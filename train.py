@@ -126,6 +126,7 @@ def record(name):
         columns = ("temp_loss", "temp_alpha", "window", "temporal_fraction", "k", "train_tokens")
         row |= {column: settings[column] for column in columns}
         row["experiment_sha256"] = made_by["experiment_sha256"][:12]
+        row["evaluate_sha256"] = made_by["evaluate_sha256"][:12]
         row |= {metric: f"{v[i]:.6g}" for metric, v in scores.items() if metric != "pw_mcc"}
         rows[name, seed] = row
     names = list(dict.fromkeys(column for row in rows.values() for column in row))
