@@ -72,7 +72,7 @@ class Config:
     seed: int = flag(0, "first seed: initial weights and data order", least=0)
     n_seeds: int = flag(1, "seeds seed, seed+1, ... trained one after the other", least=1)
     # -- activations
-    model: str = flag(prepare.EMBEDDED_LM, "embedded model, hub id, or local directory of a causal LM")
+    model: str = flag(prepare.EMBEDDED_LM, "embedded model, hub id, or folder of a causal LM")
     layer: int = flag(9, "decoder block whose output (resid_post) is read; 0 is the first", least=0)
     dtype: str = flag("auto", "of the LM; auto is bfloat16 where the hardware multiplies it",
                       ("auto", "bfloat16", "float32"))
@@ -117,7 +117,7 @@ class Config:
     # -- training
     train_tokens: int = flag(3_000_000, "token visits; the harvest is reused", least=1)
     batch_size: int = flag(4096, "tokens a step, over all processes", least=1)
-    chunk_size: int = flag(32, "neighbouring tokens that stay together when data is shuffled", least=1)
+    chunk_size: int = flag(32, "neighbouring tokens that stay together in the shuffle", least=1)
     lr: float = flag(6e-3, "Adam's peak learning rate", above=0)
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant",
                          ("cosine", "constant"))
@@ -660,8 +660,8 @@ class Trainer:
     def auxk_loss(self, x, residual, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
 
-        On a quarter of the batch, whose chunks are shuffled: it is dense and would otherwise cost more
-        than the rest of the step.
+        On a quarter of the batch, whose chunks are shuffled: it is dense and would otherwise cost
+        more than the rest of the step.
         """
         sae, dead, n = self.sae, self.dead, len(x) // 4
         acts = torch.relu(sae.pre_activations(x[:n], dead))
@@ -817,7 +817,8 @@ class Harvest:
                              f"{self.calibration.doc.shape[1]} tokens")
         if self.n_rows * self.row_chunks * cfg.chunk_size < cfg.batch_size:
             raise ValueError(f"{self.n_rows} training rows are less than one --batch_size "
-                             f"{cfg.batch_size}: use a smaller batch, more text or a larger --cache_gb")
+                             f"{cfg.batch_size}: use a smaller batch, more text or a larger "
+                             "--cache_gb")
         self.stats = self.measure()
 
     def own_rows(self, rows):
@@ -872,7 +873,8 @@ class Harvest:
         self.part_number = number
         self.part = on_device(part, self.device)
         n_valid = int((part.doc > 0).sum())
-        say(f"part {number + 1} of {self.n_parts}: {len(part.doc):,} rows, {n_valid:,} tokens to train on")
+        say(f"part {number + 1} of {self.n_parts}: {len(part.doc):,} rows, {n_valid:,} tokens to "
+            "train on")
 
     def delete_part(self):
         """Delete the files of the part that is loaded, if it is one of several."""
@@ -1014,7 +1016,7 @@ def train(cfg, seed, harvest, stop):
     trainer = Trainer(cfg, d_in, harvest.stats, seed, harvest.device)
     first = restore(cfg.run_dir, trainer, seed)
     log_path = cfg.run_dir / "log.jsonl" if RANK == 0 else os.devnull
-    harvest.batch(seed, min(first, cfg.steps - 1))  # what is still to be harvested comes before the clock starts
+    harvest.batch(seed, min(first, cfg.steps - 1))  # a harvest comes before the clock starts
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}",
                unit="step", mininterval=1, disable=RANK > 0)
     saved_at = began = time.perf_counter()
@@ -1299,7 +1301,8 @@ def check_claim(cfg):
             raise ValueError(f"--resume: {run_dir} holds no run")
         old = prepare.read_json(saved)
         new = asdict(cfg)
-        differ = [name for name in new if name not in IGNORED_ON_RESUME and old.get(name) != new[name]]
+        kept = [name for name in new if name not in IGNORED_ON_RESUME]
+        differ = [name for name in kept if old.get(name) != new[name]]
         if differ:
             raise ValueError(f"--resume: {run_dir} has other settings of {', '.join(differ)}")
         made_by = prepare.read_json(run_dir / "environment.json")["experiment_sha256"]

@@ -778,7 +778,8 @@ HEADLINE = {  # metric -> row of the first table
 }
 SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_topic_5_lead",
            "document_id", "boundary", "doc_topic_5", "token_class_5", "token_class_20", "autocorr_1",
-           "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "redundant_share", "together", "frac_alive")
+           "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "redundant_share", "together",
+           "frac_alive")
 
 
 def with_error(values, signed=False):
