@@ -20,6 +20,7 @@ matrices, clusters, probes) uses the first SAMPLE_ROWS rows.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -38,13 +39,13 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score, silhouette_score
+from sklearn.metrics import roc_auc_score, silhouette_score
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -170,8 +171,7 @@ class SAE:
 
     select: nothing (standard), the k largest (topk), what exceeds its threshold (jumprelu). act:
     ReLU, or GELU in our variant. norm: none, layer_norm or constant_norm_rescale, as in SAELens.
-    Where apply_b_dec_to_input is false, b_dec is not subtracted. Our variant with a bypass adds
-    W_skip^T (norm(x) - b_dec) to the output. All tensors are float32.
+    Where apply_b_dec_to_input is false, b_dec is not subtracted. All tensors are float32.
     """
 
     def __init__(self, spec, tensors):
@@ -195,8 +195,6 @@ class SAE:
             "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
         if self.selection == "jumprelu":
             shapes["threshold"] = (d_sae,)
-        if ours.get("skip"):
-            shapes["W_skip"] = (d_in, d_in)
         for name, shape in shapes.items():
             if name not in tensors:
                 raise ValueError(f"the tensor {name} is missing")
@@ -206,7 +204,6 @@ class SAE:
         self.k = min(spec.get("k") or 100, d_sae)  # of topk: SAELens' default where it is absent
         self.gelu = ours.get("nonlinearity") == "gelu"
         self.scale = float(tensors.get("scale", 1.0))
-        self.skip = bool(ours.get("skip"))
         self.input_bias = self.b_dec * bool(spec.get("apply_b_dec_to_input", True))
         self.rescaled = bool(spec.get("rescale_acts_by_decoder_norm", False))
 
@@ -251,8 +248,6 @@ class SAE:
         if self.rescaled:
             acts = acts / self.W_dec.norm(dim=1)
         x_hat = acts @ self.W_dec + self.b_dec
-        if self.skip:
-            x_hat = x_hat + (x - self.input_bias) @ self.W_skip
         return x_hat * scale + shift
 
 
@@ -302,51 +297,6 @@ class Rows(NamedTuple):
         if self.tokens is not None:
             tokens = self.tokens[start:stop]
         return Rows(tokens, self.doc[start:stop], self.topics)
-
-
-def read_rows(path):
-    """(N,T) token rows of the user's own, from a .npy file of integers (no pickle)."""
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError):
-        raise ValueError(
-            f"{path} is not a plain .npy file of integers (pickled objects are not read)") from None
-    if not isinstance(tokens, np.ndarray):
-        raise ValueError(f"{path} is an archive, not one array (rows, context) of integers")
-    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path} must hold integers (rows, context), not {tokens.dtype} of {tokens.shape}")
-    return tokens.astype(np.int64)
-
-
-def check_tokens(tokens, vocab_size, bos):
-    """ValueError for rows that a model would misread in silence: their ids, their BOS."""
-    if tokens.size == 0 or tokens.shape[1] < 2:
-        raise ValueError(f"token rows of shape {tokens.shape} are too short to score")
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise ValueError(
-            f"token ids run from {tokens.min()} to {tokens.max()}, the model's vocabulary "
-            f"from 0 to {vocab_size - 1}")
-    wrong = np.flatnonzero(tokens[:, 0] != bos)
-    if len(wrong):
-        raise ValueError(
-            f"row {wrong[0]} does not start with BOS (id {bos}): "
-            "put it in place, scores without it mean nothing")
-
-
-def rows_of_tokens(tokens, special):
-    """Rows from bare tokens: a document begins at each BOS and at each row's start; no topics.
-
-    special: (bos, all special ids).
-    """
-    bos, ids = special
-    starts = tokens == bos
-    starts[:, 0] = True
-    doc = np.cumsum(starts).reshape(tokens.shape)  # counts from 1
-    doc[np.isin(tokens, ids)] = 0
-    return Rows(tokens, doc.astype(np.int32), {})
 
 
 def segment_ids(doc):
@@ -449,59 +399,29 @@ def residuals(lm, block, tokens):
     return kept[0]
 
 
-def write_activations(path, lm, block, tokens, d_in, dtype):
-    """Write the activations (N,T,d_in) of all rows as one safetensors file, batch by batch.
+def held_out_activations(cfg, lm, block, tokens, dtype):
+    """tokens (N,T) -> their activations (N,T,d_in), from a file under the cache, mapped to memory.
 
-    The header is written by hand, so that memory does not grow with the number of rows.
+    The file is named by all that it depends on, and made when it is missing.
     """
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    shape = [*tokens.shape, d_in]
-    size = math.prod(shape) * dtype.itemsize
-    entry = {"dtype": kind, "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({"acts": entry}).encode()
-    header += b" " * (-len(header) % 8)
-
-    def write(part):
-        with open(part, "wb") as file:
-            file.write(len(header).to_bytes(8, "little"))
-            file.write(header)
-            starts = range(0, len(tokens), BATCH_ROWS)
-            for start in tqdm(starts, desc="held-out activations", leave=False, disable=None):
-                x = residuals(lm, block, tokens[start:start + BATCH_ROWS])
-                x = x.to(dtype).cpu().contiguous()
-                file.write(x.view(torch.uint8).numpy().tobytes())
-
-    prepare.write_whole(path, write)
-
-
-def held_out_reader(cfg, lm, block, tokens, d_in, dtype):
-    """A function (start, stop) -> activations (n,T,d_in) of those rows.
-
-    They are read from a file under the cache, named by what they depend on and made when it is
-    missing. Beyond cfg's cache_gb nothing is kept and the model runs each time.
-    """
-    if tokens.size * d_in * dtype.itemsize > cfg["cache_gb"] * 1e9:
-        def from_model(start, stop):
-            return residuals(lm, block, tokens[start:stop])
-        return from_model
     identity = {
         "what": "held-out activations", "model": prepare.model_identity(cfg["model"]),
         "dtype": str(dtype), "device": lm.device.type, "layer": cfg["layer"],
         "tokens": prepare.sha256(tokens), "batch_rows": BATCH_ROWS}  # last bits depend on the batch
-    folder = prepare.cache_root(cfg["cache_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"heldout-{prepare.digest(identity)}.safetensors"
+    path = prepare.cache_root(cfg["cache_dir"]) / f"heldout-{prepare.digest(identity)}.safetensors"
     if not path.exists():
-        write_activations(path, lm, block, tokens, d_in, dtype)
+        starts = range(0, len(tokens), BATCH_ROWS)
+        blocks = []
+        for start in tqdm(starts, desc="held-out activations", leave=False, disable=None):
+            x = residuals(lm, block, tokens[start:start + BATCH_ROWS])
+            blocks.append(x.to(dtype).cpu())
+        made = {"acts": torch.cat(blocks)}
+        prepare.write_whole(path, functools.partial(save_file, made))
     try:
-        stored = safe_open(path, framework="pt").get_slice("acts")
+        return load_file(path)["acts"]
     except SafetensorError as error:
         reason = prepare.first_line(error)
         raise RuntimeError(f"{path} is damaged ({reason}): delete it and score again") from None
-
-    def from_file(start, stop):
-        return stored[start:stop]
-    return from_file
 
 
 @torch.inference_mode()
@@ -1010,16 +930,6 @@ def by_group_mean(sums):
     return {group: ratio(sums[0, i], sums[1, i]) for i, group in enumerate(GROUPS)}
 
 
-def decay_length(curve, lags):
-    """Smallest measured lag where the correlation is below 1/e of that at lag 1; NaN if none."""
-    if not curve[0] > 0:
-        return math.nan
-    for lag, rho in zip(lags, curve):
-        if rho < curve[0] / math.e:
-            return lag
-    return math.nan
-
-
 def two_means(values, keep, mass):
     """(d,) -> mean and mean weighted by mass over the latents in keep, NaN left out."""
     ok = keep & np.isfinite(values)
@@ -1169,13 +1079,13 @@ class Redundancy(NamedTuple):
     together: np.ndarray  # latents that fire together with more than PARTNERS others
 
 
-def redundancy(codes, n, columns, tokens, latents, mass, cluster, W_dec, text):
+def redundancy(codes, n, latents, mass, cluster):
     """Latent x latent correlation of codes: how many distinct patterns do the latents hold?
 
-    codes csr (tokens,d_sae) of the sample and the same as csc `columns`, n valid tokens; latents:
-    the scored ones. Effective rank: exp of the entropy of the correlation matrix's normalised
-    eigenvalues (Roy & Vetterli 2007). Together: the latents that correlate above TOGETHER with more
-    than PARTNERS others.
+    codes csr (tokens,d_sae) of the sample, n of them valid tokens; latents: the scored ones.
+    Effective rank: exp of the entropy of the correlation matrix's normalised eigenvalues (Roy &
+    Vetterli 2007). Together: the latents that correlate above TOGETHER with more than PARTNERS
+    others.
     """
     corr = correlation_matrix(codes[:, latents], n)
     varies = np.isfinite(np.diag(corr))
@@ -1186,7 +1096,7 @@ def redundancy(codes, n, columns, tokens, latents, mass, cluster, W_dec, text):
     if len(latents) < 2:
         block = {
             "latents": len(latents), "share_above_0.9": None, "effective_rank": None,
-            "best_partner_histogram": None, "together": [], "top_pairs": [], "matrix": None}
+            "best_partner_histogram": None, "together": [], "matrix": None}
         return Redundancy(block, partner, partner_corr, np.array([], int))
     eigen = torch.linalg.eigvalsh(torch.from_numpy(corr)).clamp_min(1e-15)
     p = eigen / eigen.sum()
@@ -1205,29 +1115,8 @@ def redundancy(codes, n, columns, tokens, latents, mass, cluster, W_dec, text):
         "latents": len(latents), "share_above_0.9": (best > REDUNDANT).mean(),
         "effective_rank": math.exp(-(p * p.log()).sum().item()),
         "best_partner_histogram": {"edges": edges, "counts": counts},
-        "together": together, "top_pairs": top_pairs(corr, latents, columns, tokens, W_dec, text),
-        "matrix": matrix}
+        "together": together, "matrix": matrix}
     return Redundancy(block, partner, partner_corr, together)
-
-
-def top_pairs(corr, latents, columns, tokens, W_dec, text, n=20):
-    """The n pairs of latents whose codes correlate most, with their decoder cosine and tokens."""
-    i, j = np.triu_indices(len(corr), 1)
-    value = corr[i, j]
-    top = np.argpartition(-value, min(n, len(value) - 1))[:n]
-    top = top[np.lexsort((j[top], i[top], -value[top]))]
-    unit = F.normalize(W_dec, dim=1)
-    pairs = []
-    for pair in top:
-        a = int(latents[i[pair]])
-        b = int(latents[j[pair]])
-        names = []
-        for latent in (a, b):
-            names.append([text(token) for token in top_tokens(columns, tokens, latent)])
-        cosine = (unit[a] @ unit[b]).item()
-        pairs.append({
-            "latents": [a, b], "corr": value[pair], "decoder_cosine": cosine, "tokens": names})
-    return pairs
 
 
 def pw_mcc(decoders):
@@ -1244,39 +1133,6 @@ def pw_mcc(decoders):
         matched = linear_sum_assignment(cosine, maximize=True)
         means.append(float(cosine[matched].mean(dtype=np.float64)))
     return means
-
-
-def strongest_latent(codes, latents):
-    """(n,) which of `latents` is most active at each token, -1 where none fires."""
-    part = codes[:, latents]
-    size = np.diff(part.indptr)
-    rows = np.flatnonzero(size)
-    out = np.full(part.shape[0], -1)
-    if len(rows):
-        peak = np.maximum.reduceat(part.data, part.indptr[rows])
-        row = np.repeat(np.arange(part.shape[0]), size)
-        where = np.flatnonzero(part.data == np.repeat(peak, size[rows]))[::-1]
-        out[row[where]] = part.indices[where]  # reversed, so that the first of equals stays
-    return out
-
-
-def mutual_information(codes, latents, labels):
-    """Adjusted mutual information of "which of these latents is strongest" with token labels.
-
-    labels {name: (n,) int, -1 = leave out; or None}. On 10,000 tokens at most: its exact chance
-    term is slow.
-    """
-    strongest = strongest_latent(codes, latents)
-    out = {}
-    for name, label in labels.items():
-        out[name] = math.nan
-        if label is None:
-            continue
-        keep = np.flatnonzero((strongest >= 0) & (label >= 0))
-        keep = keep[::max(1, math.ceil(len(keep) / 10_000))]
-        if len(keep) > 100:
-            out[name] = adjusted_mutual_info_score(label[keep], strongest[keep])
-    return out
 
 
 @one_thread
@@ -1332,9 +1188,9 @@ class Clusters(NamedTuple):
 
 
 def topic_divergence(codes, topic):
-    """How far each latent's mass by topic is from the corpus, in nats; and its largest share.
+    """How far each latent's mass by topic is from the corpus's, in nats.
 
-    codes csr (n,m); topic (n,) int, -1 = none. -> (m,), (m,)
+    codes csr (n,m); topic (n,) int, -1 = none. -> (m,)
     """
     known = topic >= 0
     place = (np.maximum(topic, 0), np.arange(len(topic)))
@@ -1343,15 +1199,15 @@ def topic_divergence(codes, topic):
     q = by_topic / np.maximum(by_topic.sum(1, keepdims=True), 1e-12)
     corpus = np.bincount(topic[known], minlength=q.shape[1]) / known.sum()
     gain = np.log(np.maximum(q, 1e-12) / np.maximum(corpus, 1e-12))
-    return (q * gain).sum(1), q.max(1)
+    return (q * gain).sum(1)
 
 
-def clusters(codes, columns, latents, stats, labels, tokens, groups, lags, text):
+def clusters(codes, latents, stats, topic, lags):
     """Latents clustered by activation pattern.
 
     Pattern: firing rate, span, autocorrelation at each lag and within the segment, firing by
     eighths of the context and eta^2 of position, and, where documents carry topics, how far its
-    mass by topic is from the corpus. stats: latent_stats(); labels {"topic", "token"} of tokens.
+    mass by topic is from the corpus's. stats: latent_stats(); topic (n,) of the tokens, -1 = none.
     """
     def pick(name):
         return np.nan_to_num(stats[name][..., latents])
@@ -1361,10 +1217,8 @@ def clusters(codes, columns, latents, stats, labels, tokens, groups, lags, text)
     along = np.concatenate([pick("autocorr"), pick("autocorr_within")]).T
     position = np.concatenate([pick("eighths"), pick("eta2")[None]]).T
     blocks = [rate, span, along, position]
-    topic_share = np.full(len(latents), math.nan)
-    if labels["topic"] is not None:
-        divergence, topic_share = topic_divergence(codes[:, latents], labels["topic"])
-        blocks.append(divergence[:, None])
+    if (topic >= 0).any():
+        blocks.append(topic_divergence(codes[:, latents], topic)[:, None])
     number, silhouette, xy = cluster_latents(blocks)
     mass = stats["mass"]
     listed = []
@@ -1373,26 +1227,15 @@ def clusters(codes, columns, latents, stats, labels, tokens, groups, lags, text)
         mine = latents[here]
         rho = pick("autocorr")[:, here].mean(1)
         eta2 = pick("eta2")[here].mean()
-        information = mutual_information(codes, mine, labels)
-        examples = []
-        for latent in mine[np.argsort(-mass[mine], kind="stable")[:3]]:
-            names = [text(token) for token in top_tokens(columns, tokens, latent)]
-            examples.append({"latent": latent, "tokens": names})
         listed.append({
             "name": cluster_name(rho, eta2 - stats["eta2_chance"], lags), "size": len(mine),
             "mass_share": mass[mine].sum() / mass.sum(), "rate": pick("rate")[here].mean(),
             "span": pick("span")[here].mean(), "autocorr": rho,
             "autocorr_within": pick("autocorr_within")[:, here].mean(1),
-            "position": pick("eighths")[:, here].mean(1), "eta2": eta2,
-            "topic_share": topic_share[here].mean(), "ami_topic": information["topic"],
-            "ami_token": information["token"], "examples": examples})
-    every = np.arange(codes.shape[1])
-    whole = {}
-    for group, part in groups.items():
-        whole[group] = mutual_information(codes, every[part], labels)
+            "position": pick("eighths")[:, here].mean(1), "eta2": eta2})
     of = np.full(codes.shape[1], -1)
     of[latents] = number
-    return Clusters({"silhouette": silhouette, "list": listed, "ami": whole}, of, xy)
+    return Clusters({"silhouette": silhouette, "list": listed}, of, xy)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1869,7 +1712,7 @@ class Scorer:
         self.sample.update(codes, len(seg) // self.context)
 
 
-def leave_out_sinks(rows, read):
+def leave_out_sinks(rows, acts):
     """Rows with doc 0 at tokens whose activation is no feature of the text, and their number.
 
     The rule of training: attention sinks, whose norm is above prepare.sink_limit of the ordinary
@@ -1877,7 +1720,7 @@ def leave_out_sinks(rows, read):
     """
     norms = np.zeros(rows.doc.shape)
     for start in range(0, len(rows.doc), BATCH_ROWS):
-        x = read(start, start + BATCH_ROWS)
+        x = acts[start:start + BATCH_ROWS]
         norms[start:start + BATCH_ROWS] = x.float().norm(dim=-1).cpu().numpy()
     valid = rows.doc > 0
     if not valid.any():
@@ -1891,8 +1734,8 @@ def leave_out_sinks(rows, read):
 
 
 @torch.inference_mode()
-def stream(rows, read, saes, n_lead):
-    """One pass over the rows for all seeds.
+def stream(rows, acts, saes, n_lead):
+    """One pass over the rows, with their activations (N,T,d_in), for all seeds.
 
     -> Scorer of each SAE, LagSums of the raw activations, (n,d_in) raw activations of the sample
     """
@@ -1905,14 +1748,13 @@ def stream(rows, read, saes, n_lead):
     kept = []
     starts = range(0, len(rows.doc), BATCH_ROWS)
     for start in tqdm(starts, desc="activations and codes", leave=False, disable=None):
-        x = read(start, start + BATCH_ROWS)
-        x = x.reshape(-1, x.shape[-1])
+        x = acts[start:start + BATCH_ROWS].flatten(0, 1)
         seg = segment_ids(rows.doc[start:start + BATCH_ROWS])
         shuffled = permute_segments(seg, rng)  # the same for every seed and run
         if start < SAMPLE_ROWS:
-            kept.append(x.cpu())
+            kept.append(x)
         if (seg >= 0).any():
-            inside = x.cpu().double().numpy() * (seg >= 0)[:, None]
+            inside = x.double().numpy() * (seg >= 0)[:, None]
             raw.update(sparse.csr_matrix(inside), seg)
         x = x.to(device).float()
         for scorer in scorers:
@@ -1926,10 +1768,8 @@ def stream(rows, read, saes, n_lead):
 
 NO_VALUE = f"no pair of tokens, or no latent with {MIN_FIRINGS} firings that varies"
 NULL_REASONS = {  # why a value may be null, by the top-level key it stands under
-    "decay_length": "no correlation above 0 at lag 1, or it never falls below 1/e of that",
-    "decay_length_raw": "no correlation above 0 at lag 1, or it never falls below 1/e of that",
     "position_corr": "no row holds the two positions in one document, or no latent was scored",
-    "clusters": "no topic labels, no token identities, or fewer than 10 latents were scored",
+    "clusters": "fewer than 10 latents were scored",
     "probes": "no topic labels, no tokens, or too few examples of a class on a side of the split",
     "linear_limit": "fewer dimensions than directions, or no pair at that lag in a half",
     "boundary": "no row joins two documents with 8 tokens each, or no place lies inside one"}
@@ -1996,10 +1836,6 @@ def pair_blocks(stats, neighbours, scorer, suffix):
     out = {}
     for name, value in stats.items():
         out[name + suffix] = group_means(value, keep, mass, scorer.groups)
-    for group, part in scorer.groups.items():
-        spans = stats["span"][part][keep[part]]
-        spans = np.sort(spans[np.isfinite(spans)])
-        out["span" + suffix][group]["top100"] = mean_or_nan(spans[-100:])
     out["support_jaccard" + suffix] = by_group_mean(neighbours.jaccard)
     out["smoothness_S" + suffix] = by_group_mean(neighbours.smoothness)
     out["S_sum" + suffix] = by_group_mean(neighbours.roughness)
@@ -2038,18 +1874,8 @@ def consistency_json(scorer, raw, rows, record, text):
             ("autocorr_within_raw", raw.sums.autocorr_within())):  # the ceiling
         kept = np.ones(value.shape[1], bool)
         out[name] = group_means(value, kept, raw.sums.variance, every)["raw"]
-    out["decay_length"] = {}
-    for group in GROUPS:
-        curves = out["autocorr"][group]
-        out["decay_length"][group] = {
-            kind: decay_length(curve, lags) for kind, curve in curves.items()}
-    out["decay_length_raw"] = {
-        kind: decay_length(curve, lags) for kind, curve in out["autocorr_raw"].items()}
     out["linear_limit"] = raw.limit
     out |= sample_blocks(scorer, raw, rows, stats, text)
-    counted, edges = np.histogram(np.log10(stats["rate"][fires > 0]), bins=24, range=(-6, 0))
-    out["density_histogram"] = {
-        "log10_edges": edges, "counts": counted, "dead": (fires == 0).sum()}
     out = plain(out, 6)
     notes = dict(record["notes"])
     for key, value in out.items():
@@ -2059,26 +1885,10 @@ def consistency_json(scorer, raw, rows, record, text):
     return out, stats
 
 
-def common_tokens(known, n=100):
-    """(n_tokens,) rank of each token's id among the n commonest, -1 for rarer ones or no text.
-
-    Rarer ones carry no measurable information.
-    """
-    if known.ids is None:
-        return None
-    valid = known.doc > 0
-    _, where, count = np.unique(known.ids[valid], return_inverse=True, return_counts=True)
-    rank = np.argsort(np.argsort(-count, kind="stable"))[where]
-    token = np.full(len(known.ids), -1)
-    token[valid] = np.where(rank < n, rank, -1)
-    return token
-
-
 def sample_blocks(scorer, raw, rows, stats, text):
     """The blocks of consistency.json that need the codes twice."""
     known = sample_tokens(rows.cut(0, scorer.sample.rows))
     codes = sparse.vstack(scorer.sample.blocks).tocsr()
-    columns = codes.tocsc()
     keep = stats["keep"]
     mass = stats["mass"]
     lags = scorer.lags.lags
@@ -2093,21 +1903,15 @@ def sample_blocks(scorer, raw, rows, stats, text):
         "step": math.ceil(scorer.context / MATRIX_SIDE), "codes": plain(matrix, 5),
         "raw": plain(raw.position[0], 5), "toeplitzness": toeplitz}
 
-    topic = known.topic
-    if not known.topic_names:
-        topic = None
-    labels = {"topic": topic, "token": common_tokens(known)}
-    empty = {"silhouette": None, "list": [], "ami": None}
+    empty = {"silhouette": None, "list": []}
     found = Clusters(empty, np.full(len(keep), -1), np.zeros((len(latents), 2)))
     if len(latents) >= 10:
-        found = clusters(
-            codes, columns, latents, stats, labels, known.ids, scorer.groups, lags, text)
+        found = clusters(codes, latents, stats, known.topic, lags)
     # of a very large dictionary the heaviest latents only
     listed = np.sort(np.argsort(-mass[latents], kind="stable")[:MAX_COMPARED])
     at = latents[listed]
     n_valid = int((known.doc > 0).sum())
-    W_dec = scorer.sae.W_dec.cpu()
-    same = redundancy(codes, n_valid, columns, known.ids, at, mass, found.of, W_dec, text)
+    same = redundancy(codes, n_valid, at, mass, found.of)
     crowd = np.isin(np.arange(len(keep)), same.together)
     same.block["together_count"] = len(same.together)
     same.block["together_mass_share"] = ratio(mass[crowd].sum(), mass.sum())
@@ -2502,8 +2306,7 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
 
 DEFAULTS = {  # of what a run's config.json or the command line does not say
     "seed": 0, "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
-    "acts": "", "acts_mask": "", "context_size": 128, "reconstruction_rows": 64, "cache_dir": "",
-    "cache_gb": 20.0}
+    "acts": "", "acts_mask": "", "context_size": 128, "reconstruction_rows": 64, "cache_dir": ""}
 
 
 def read_settings(folder, changes):
@@ -2525,7 +2328,7 @@ def read_settings(folder, changes):
         raise ValueError(
             f"{folder} is an SAE without a run: say --model and --layer, or --acts FILE")
     differ = [name for name, value in changes.items() if name in own and own[name] != value]
-    differ = [name for name in differ if name not in ("device", "cache_dir", "cache_gb")]
+    differ = [name for name in differ if name not in ("device", "cache_dir")]
     notes = {}
     if differ:
         notes["settings"] = (
@@ -2570,9 +2373,9 @@ class HeldOut(NamedTuple):
     text: object  # function: token id -> string, not called where there is no text
     ce_rows: Rows  # for CE and KL
     rows: Rows  # for everything else
-    read: object  # function: (start, stop) -> activations (n,T,d_in) of `rows`
+    acts: torch.Tensor  # (N,T,d_in) activations of `rows`
     hash: str  # of what the rows hold
-    identity: dict  # of model and text, as a run records it; None with rows of the user's own
+    identity: dict  # of model and text, as a run records it
     scored_on: dict  # model, layer, dtype and data set, as the record names them
 
 
@@ -2590,49 +2393,29 @@ def hold_out_acts(cfg, width):
     held = np.asarray(data.heldout)
     doc = np.asarray(data.doc)[held]
 
-    def read(start, stop):
-        return data.acts[held[start:stop]]
-
-    digest = hashlib.sha256(doc.tobytes())
-    for start in range(0, len(held), BATCH_ROWS):
-        x = read(start, start + BATCH_ROWS).contiguous()
-        digest.update(x.view(torch.uint8).numpy().tobytes())
+    acts = data.acts[held]
+    digest = prepare.sha256(doc, acts.view(torch.uint8).numpy())
     scored_on = {
         "model": None, "layer": None, "dtype": str(data.acts.dtype).removeprefix("torch."),
         "dataset": Path(cfg["acts"]).stem}
     rows = Rows(None, doc, {})
     return HeldOut(
-        None, None, str, rows.cut(0, 0), rows, read, digest.hexdigest(), data.identity,
-        scored_on)
+        None, None, str, rows.cut(0, 0), rows, acts, digest, data.identity, scored_on)
 
 
-def hold_out_text(cfg, rows_file, width, device):
-    """HeldOut of text: rows_file, or the held-out rows of the data set; with the model loaded."""
+def hold_out_text(cfg, width, device):
+    """HeldOut of the data set's held-out rows, with the model loaded."""
     model = cfg["model"]
     cache = cfg["cache_dir"]
-    context = cfg["context_size"]
-    dataset = public_name(cfg["dataset"])
-    tokens = None
-    if rows_file:
-        tokens = read_rows(rows_file)
-        context = tokens.shape[1]
-        dataset = Path(rows_file).stem
-    prepare.check_model(model, cfg["layer"], context)
-    d_in, _, vocab_size = prepare.model_shape(model, cache)
+    prepare.check_model(model, cfg["layer"], cfg["context_size"])
+    d_in = prepare.model_shape(model, cache)[0]
     check_width(d_in, width, f"a layer of {public_name(model)}")
-    special = prepare.special_ids(prepare.load_tokenizer(model, cache))
-    identity = None
-    if rows_file:
-        rows = rows_of_tokens(tokens, special)
-    else:
-        options = {name: cfg[name] for name in TEXT_OPTIONS if name in cfg}
-        inputs = prepare.text_rows(cfg["dataset"], model, **options)
-        held = inputs.heldout[0:len(inputs.heldout)]
-        rows = Rows(
-            np.asarray(held["tokens"], np.int64), np.asarray(held["doc"], np.int32),
-            inputs.topics or {})
-        identity = inputs.identity
-    check_tokens(rows.tokens, vocab_size, special[0])
+    options = {name: cfg[name] for name in TEXT_OPTIONS if name in cfg}
+    inputs = prepare.text_rows(cfg["dataset"], model, **options)
+    held = inputs.heldout[0:len(inputs.heldout)]
+    rows = Rows(
+        np.asarray(held["tokens"], np.int64), np.asarray(held["doc"], np.int32),
+        inputs.topics or {})
     n_ce = cfg["reconstruction_rows"]
     if not 0 <= n_ce < len(rows.tokens):
         raise ValueError(
@@ -2641,13 +2424,13 @@ def hold_out_text(cfg, rows_file, width, device):
     lm, tokenizer = prepare.load_lm(model, dtype, device, cache)
     block = prepare.decoder_blocks(lm)[cfg["layer"]]
     rest = rows.cut(n_ce, len(rows.tokens))
-    read = held_out_reader(cfg, lm, block, rest.tokens, d_in, dtype)
+    acts = held_out_activations(cfg, lm, block, rest.tokens, dtype)
     scored_on = {
         "model": public_name(model), "layer": cfg["layer"],
-        "dtype": str(dtype).removeprefix("torch."), "dataset": dataset}
+        "dtype": str(dtype).removeprefix("torch."), "dataset": public_name(cfg["dataset"])}
     return HeldOut(
-        lm, block, prepare.token_text(tokenizer), rows.cut(0, n_ce), rest, read,
-        prepare.sha256(rows.tokens, rows.doc), identity, scored_on)
+        lm, block, prepare.token_text(tokenizer), rows.cut(0, n_ce), rest, acts,
+        prepare.sha256(rows.tokens, rows.doc), inputs.identity, scored_on)
 
 
 def check_recorded(run_dir, identity):
@@ -2655,7 +2438,7 @@ def check_recorded(run_dir, identity):
     recorded = None
     if (run_dir / "environment.json").is_file():
         recorded = prepare.read_json(run_dir / "environment.json").get("inputs")
-    if recorded is None or identity is None or recorded == json.loads(json.dumps(identity)):
+    if recorded is None or recorded == json.loads(json.dumps(identity)):
         return {}
     return {
         "inputs": "the model or the text is not, or may not be, the one of the run's record: "
@@ -2696,11 +2479,11 @@ def write_compact(path, tree):
     prepare.write_whole(path, write)
 
 
-def evaluate_run(run_dir, *, rows_file=None, out=None, **changes):
+def evaluate_run(run_dir, *, out=None, **changes):
     """Score every seed of a run, or one SAE folder; write the four files; return final_info.
 
     run_dir: a run (config.json, seed_K/...) or a folder with cfg.json and sae_weights.safetensors.
-    rows_file: .npy of token rows in place of the data set's. out: where to write, else run_dir.
+    out: where to write, else run_dir.
     changes: settings that take precedence over config.json (model, layer, dataset, device, ...).
     All seeds share one pass over the rows. Nothing is written until everything is computed.
     """
@@ -2712,18 +2495,18 @@ def evaluate_run(run_dir, *, rows_file=None, out=None, **changes):
     device = prepare.pick_device(cfg["device"])
     width = saes[0].W_dec.shape[1]
     if cfg["acts"]:
-        if rows_file:
-            raise ValueError("--rows needs a language model, but this run has an activations file")
         held_out = hold_out_acts(cfg, width)
     else:
-        held_out = hold_out_text(cfg, rows_file, width, device)
+        held_out = hold_out_text(cfg, width, device)
     notes |= check_recorded(run_dir, held_out.identity)
+    for sentence in notes.values():
+        prepare.say(f"note: {sentence}")
     for sae in saes:
         sae.to(device)
-    rows, left_out = leave_out_sinks(held_out.rows, held_out.read)
+    rows, left_out = leave_out_sinks(held_out.rows, held_out.acts)
     held_out = held_out._replace(rows=rows)
     behaviour, reasons = score_behaviour(held_out, saes)
-    scorers, sums, x = stream(rows, held_out.read, saes, leading_latents(saes[0], cfg))
+    scorers, sums, x = stream(rows, held_out.acts, saes, leading_latents(saes[0], cfg))
     raw = raw_scores(sums, x, rows)
 
     counts = count_rows(held_out, rows, left_out)
@@ -2934,7 +2717,6 @@ def parse(argv):
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="one: score it; several: compare their scores")
     parser.add_argument("--out", metavar="DIR", help="write here, not over the run's own scores")
-    parser.add_argument("--rows", metavar="FILE.npy", help="your own int (N,T) rows, BOS in place")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for name, kind, text in OPTIONS:
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
@@ -2950,12 +2732,12 @@ def command(args):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     if len(runs) > 1:
-        if changes or args.out or args.rows:
+        if changes or args.out:
             raise ValueError(
                 "several runs are compared from scores on disk; options go with one run")
         compare(runs)
         return
-    final = evaluate_run(runs[0], rows_file=args.rows, out=args.out, **changes)
+    final = evaluate_run(runs[0], out=args.out, **changes)
     print_scores(final)
     print(f"written: {args.out or runs[0]}")
 

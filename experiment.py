@@ -32,6 +32,7 @@ import threading
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +99,6 @@ class Config:
     l1_alpha: float = flag(0.01, "weight of the L1 term with --sparsity l1", least=0)
     nonlinearity: str = flag("relu", "of the encoder", ("relu", "gelu"))
     layernorm: bool = flag(False, "LayerNorm each input, undone at the output")
-    skip: bool = flag(False, "add a learned linear bypass of the codes (it can learn the identity)")
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent",
                      ("tied", "xavier"))
     # -- temporal consistency
@@ -242,7 +242,6 @@ class SAE(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(torch.zeros(cfg.d_sae, d_in))
         self.b_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.W_skip = torch.nn.Parameter(torch.zeros(d_in, d_in)) if cfg.skip else None
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
@@ -299,12 +298,8 @@ class SAE(torch.nn.Module):
         """acts (..., d_sae) and the x (..., d_in) that they come from -> x_hat (..., d_in)."""
         if self.layernorm:
             x, mean, std = self.normalise(x)
-        x_hat = acts @ self.W_dec + self.bypass(x) + self.b_dec
+        x_hat = acts @ self.W_dec + self.b_dec
         return x_hat * std + mean if self.layernorm else x_hat
-
-    def bypass(self, x):
-        """The linear bypass of --skip; 0 without one."""
-        return 0.0 if self.W_skip is None else (x - self.b_dec) @ self.W_skip
 
     @torch.no_grad()
     def fold_scale(self, scale):
@@ -597,7 +592,7 @@ class Trainer:
         bfloat16 = self.matmul_dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             codes = self.encode(sae, x, ok, n_valid)
-            x_hat = codes.decode(sae.W_dec) + sae.bypass(x) + sae.b_dec
+            x_hat = codes.decode(sae.W_dec) + sae.b_dec
             residual = x - x_hat
             # As shares of the variance, weights mean the same for any model and layer.
             terms = {"recon": (residual.square().sum(1) * ok).sum() / n_valid / self.stats.variance}
@@ -792,6 +787,7 @@ class Harvest:
     def __init__(self, cfg):
         self.cfg, self.device = cfg, torch.device(prepare.pick_device(cfg.device))
         self.part_number, self.part, self.part_folder = None, None, None
+        self.prefetch = self.device.type == "cuda"  # a CPU has no time to spare during a step
         self.sink_norm = None
         if cfg.acts:
             self.own = prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
@@ -819,7 +815,7 @@ class Harvest:
             raise ValueError(f"{self.n_rows} training rows are less than one --batch_size "
                              f"{cfg.batch_size}: use a smaller batch, more text or a larger "
                              "--cache_gb")
-        self.stats = self.measure()
+        self.stats = self.compute_stats()
 
     def own_rows(self, rows):
         """Rows (row numbers) of the user's own activations."""
@@ -890,16 +886,33 @@ class Harvest:
         mixes many documents.
         """
         cfg = self.cfg
-        n_chunks = self.n_rows * self.row_chunks
         per_step = cfg.batch_size // cfg.chunk_size
-        epoch, place = divmod(step, n_chunks // per_step)
+        epoch, place = self.epoch_and_place(step)
         self.load_part(epoch % self.n_parts)
-        order = chunk_order(seed, epoch, n_chunks)
+        order = chunk_order(seed, epoch, self.n_rows * self.row_chunks)
         ids = order[place * per_step : (place + 1) * per_step][RANK::WORLD]
         doc = self.part.doc.reshape(-1, cfg.chunk_size)[ids]
         x = to_device(self.part.chunks(ids, cfg.chunk_size).flatten(0, 1), self.device)
         n_valid = int((doc > 0).sum())
         return x.float() * self.stats.scale, to_device(torch.from_numpy(doc), self.device), n_valid
+
+    def epoch_and_place(self, step):
+        """Which pass over a part this step belongs to, and its place in that pass."""
+        per_step = self.cfg.batch_size // self.cfg.chunk_size
+        return divmod(step, self.n_rows * self.row_chunks // per_step)
+
+    def batches(self, seed, steps):
+        """Yield (step, batch) for a range of steps. A GPU gets the next one prepared meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for step in steps:
+                batch = ahead.result() if ahead else self.batch(seed, step)
+                # a new pass may load another part: that waits until this one is done with
+                same_pass = self.epoch_and_place(step + 1)[1] > 0
+                ahead = None
+                if self.prefetch and same_pass and step + 1 in steps:
+                    ahead = pool.submit(self.batch, seed, step + 1)
+                yield step, batch
 
     def calibration_tokens(self):
         """The ordinary tokens of the calibration rows, (n, d_in) float32, unscaled."""
@@ -907,7 +920,7 @@ class Harvest:
         x = acts.chunks(np.arange(len(acts.doc)), acts.doc.shape[1]).float()
         return x[torch.from_numpy(acts.doc > 0)]
 
-    def measure(self):
+    def compute_stats(self):
         """Stats of the calibration rows. Sums are in float64."""
         x = self.calibration_tokens()
         if self.cfg.layernorm:
@@ -1017,14 +1030,14 @@ def train(cfg, seed, harvest, stop):
     first = restore(cfg.run_dir, trainer, seed)
     log_path = cfg.run_dir / "log.jsonl" if RANK == 0 else os.devnull
     harvest.batch(seed, min(first, cfg.steps - 1))  # a harvest comes before the clock starts
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc=f"train seed {seed}",
-               unit="step", mininterval=1, disable=RANK > 0)
+    steps = range(first, cfg.steps)
+    bar = tqdm(initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step",
+               mininterval=1, disable=RANK > 0)
     saved_at = began = time.perf_counter()
     n_tokens = 0
-    with open(log_path, "a") as log_file, stop.deferred(), memory_kept():
-        for step in bar:
+    with bar, open(log_path, "a") as log_file, stop.deferred(), memory_kept():
+        for step, (x, doc, n_valid) in harvest.batches(seed, steps):
             log = step % cfg.log_every == 0 or step == cfg.steps - 1
-            x, doc, n_valid = harvest.batch(seed, step)
             terms = trainer.step(x, doc, n_valid, step, log)
             n_tokens += n_valid * WORLD
             if log:
@@ -1036,6 +1049,7 @@ def train(cfg, seed, harvest, stop):
                 log_file.flush()
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}",
                                 tok_s=f"{rate:,.0f}", refresh=False)
+            bar.update()
             stopped = all_reduce_max(stop.signal)  # all processes stop after the same step
             due = time.perf_counter() - saved_at > 60 * cfg.checkpoint_minutes
             if RANK == 0 and (stopped or due):
@@ -1196,8 +1210,8 @@ def broadcast(value):
 def save_sae(sae, folder, cfg, x):
     """Write `sae` in SAELens' format, with x (8, d_in) raw, its codes and reconstructions beside it.
 
-    SAELens has no gelu and no bypass: those get an architecture name that it refuses to load,
-    rather than one that it would load wrongly.
+    SAELens has no gelu: it gets an architecture name that SAELens refuses to load, rather than one
+    that it would load wrongly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
@@ -1205,7 +1219,7 @@ def save_sae(sae, folder, cfg, x):
     d_sae, d_in = sae.W_dec.shape
     if sae.sparsity == "batchtopk":
         tensors["threshold"] = sae.threshold.expand(d_sae).contiguous()
-    if cfg.skip or cfg.nonlinearity == "gelu":
+    if cfg.nonlinearity == "gelu":
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
     spec = {
@@ -1214,7 +1228,7 @@ def save_sae(sae, folder, cfg, x):
         "normalize_activations": "layer_norm" if sae.layernorm else "none",
         "metadata": {"sae_lens_version": "6.0.0", **origin(cfg)},
         "temporal_sae": {"k": sae.k, "sparsity": sae.sparsity, "nonlinearity": sae.nonlinearity,
-                         "layernorm": sae.layernorm, "skip": cfg.skip,
+                         "layernorm": sae.layernorm,
                          "lead": cfg.n_lead if cfg.temporal or cfg.matryoshka_alpha else None,
                          "sha256": evaluate.tensor_hash(tensors)},
     }
@@ -1293,7 +1307,7 @@ def git_commit(folder):
 IGNORED_ON_RESUME = ("out_dir", "resume", "overwrite", "debug", "cache_dir", "checkpoint_minutes")
 
 
-def check_claim(cfg):
+def check_run_dir(cfg):
     """ValueError for a run directory that holds something and is not to be resumed or replaced."""
     run_dir, saved = cfg.run_dir, cfg.run_dir / "config.json"
     if cfg.resume:
@@ -1327,7 +1341,7 @@ def check_inputs(cfg, identity):
                          "made: --overwrite starts again")
 
 
-def claim(cfg, identity):
+def begin_run(cfg, identity):
     """Clear the run directory and write how the run is made."""
     for path in cfg.run_dir.iterdir():
         if path.is_dir():
@@ -1367,7 +1381,7 @@ def run(cfg, stop):
     problem = None
     if RANK == 0:  # only the first process looks, before it writes; all hear the answer
         try:
-            check_claim(cfg)
+            check_run_dir(cfg)
         except ValueError as e:
             problem = str(e)
     problem = broadcast(problem)
@@ -1378,7 +1392,7 @@ def run(cfg, stop):
         if cfg.resume:
             check_inputs(cfg, harvest.identity)
         elif RANK == 0:
-            claim(cfg, harvest.identity)
+            begin_run(cfg, harvest.identity)
         stop.can_resume = True
         for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
             folder = cfg.run_dir / f"seed_{seed}"

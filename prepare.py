@@ -371,7 +371,7 @@ def converted(model, cache_dir):
     return folder
 
 
-def load_part(model, cache_dir, loader, what, **options):
+def load_pretrained(model, cache_dir, loader, what, **options):
     """What a transformers Auto class gives for `model`; one sentence if it gives nothing."""
     source = model_source(model, cache_dir)
     try:
@@ -392,7 +392,7 @@ def load_part(model, cache_dir, loader, what, **options):
 
 def load_config(model, cache_dir=""):
     """The transformers config of a model that is a causal language model; ValueError for others."""
-    config = load_part(model, cache_dir, transformers.AutoConfig, "config.json")
+    config = load_pretrained(model, cache_dir, transformers.AutoConfig, "config.json")
     saved = (config.architectures or [type(config).__name__])[0]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     # BERT and its kin can be loaded with a causal head; GPT-NeoX, too, says is_decoder = False
@@ -429,7 +429,7 @@ def model_shape(model, cache_dir=""):
 
 def load_tokenizer(model, cache_dir=""):
     """The tokenizer of `model`."""
-    return load_part(model, cache_dir, transformers.AutoTokenizer, "tokenizer")
+    return load_pretrained(model, cache_dir, transformers.AutoTokenizer, "tokenizer")
 
 
 LOADED = {}  # digest of identity, dtype and device: (lm, tokenizer); one at most
@@ -445,7 +445,7 @@ def load_lm(model, dtype, device, cache_dir=""):
     release_lm()  # never two models in memory
     load_config(model, cache_dir)
     tokenizer = load_tokenizer(model, cache_dir)
-    lm, found = load_part(
+    lm, found = load_pretrained(
         model, cache_dir, transformers.AutoModelForCausalLM, "weights", dtype=dtype,
         use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
     )
