@@ -34,19 +34,20 @@ EXPERIMENT = Path(experiment.__file__)
 
 SQDIFF = "--temp_loss sqdiff --window 2 --temporal_fraction 1"
 LEAD = "--temporal_fraction 0.2"
+GEMMA = ("--model gemma-3-270m --layer 12 --harvest_tokens 262144 --train_tokens 1500000 "
+         "--reconstruction_rows 16")
 STUDY = {
     # Baseline and default
     "run_0": "--temp_alpha 0 --n_seeds 5",
     "run_6": "--n_seeds 5",
+    # A stronger point of the same frontier
+    "run_7": "--temp_alpha 1 --n_seeds 3",
     # The ladder of the first notebook, each rung on top of the one before; 5 takes LayerNorm out
     "run_1": f"{SQDIFF} --temp_alpha 1e-3 --grad_clip 0 --schedule constant --warmup_steps 0",
     "run_2": f"{SQDIFF} --temp_alpha 1e-3 --schedule constant --warmup_steps 0 --init xavier",
     "run_3": f"{SQDIFF} --temp_alpha 1e-4 --init xavier",
     "run_4": f"{SQDIFF} --temp_alpha 1e-4 --init xavier --layernorm",
     "run_5": f"{SQDIFF} --temp_alpha 1e-4 --init xavier --nonlinearity gelu",
-    # Controls; the third, weight 0, is run_0
-    "control_other_docs": "--control other_docs --n_seeds 3",
-    "control_permuted": "--control permuted --n_seeds 3",
     # T-SAE (Bhalla et al. 2025). Its weights and temperature are in raw units, as there: published
     # |x - x_hat|^2 + |x - x_hat_lead|^2 + CE + CE of cosines; released 0.4 and 0.1 of the squared
     # errors and 0.1 times the mean of two CEs of inner products.
@@ -54,16 +55,25 @@ STUDY = {
     "tsae_published": f"{LEAD} --temp_loss infonce --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     "tsae_released": f"{LEAD} --temp_loss infonce_dot --temp_alpha 0.25 --matryoshka_alpha 0.25 "
                      "--n_seeds 3",
+    # Tuned: of grid_infonce*, the best token_topic_5 + document_id within .01 of explained variance
+    "tsae_tuned": f"{LEAD} --temp_loss infonce --temp_alpha 2000 --matryoshka_alpha 0.25 --n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
     "k16_ours": "--k 16 --n_seeds 3",
     "k64_base": "--k 64 --temp_alpha 0 --n_seeds 3",
     "k64_ours": "--k 64 --n_seeds 3",
+    # A second model. Raw units: 6.4e6 is the same share of its variance as 2000 above
+    "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
+    "gemma_ours": f"{GEMMA} --n_seeds 3",
+    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce --temp_alpha 6.4e6 --matryoshka_alpha 0.25 "
+                  "--n_seeds 3",
 }
 
 # The grids have a fifth of the token visits and no CE or KL, which take half of the scoring.
 SHORT = "--train_tokens 600000 --reconstruction_rows 0"
-GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3"}
+GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3",
+        "control_other_docs": f"{SHORT} --control other_docs --n_seeds 3",
+        "control_permuted": f"{SHORT} --control permuted --n_seeds 3"}
 for window in (2, 4, 8, 16, 32):
     for alpha in (0.1, 0.3, 1):
         flags = f"{SHORT} --window {window} --temp_alpha {alpha} --n_seeds 3"
@@ -81,7 +91,7 @@ for loss, alphas in OTHER_LOSSES.items():
 for alpha in (0.25, 2.5, 25, 250):  # the best one is the rival "tuned"
     flags = f"{SHORT} {LEAD} --temp_loss infonce_dot --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_dot_a{alpha}"] = flags
-for alpha in (2, 20, 200, 2000):
+for alpha in (2, 20, 200, 2000, 6000):
     flags = f"{SHORT} {LEAD} --temp_loss infonce --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_a{alpha}"] = flags
 
