@@ -14,7 +14,8 @@ consistency.json (of each seed in seed_K/ where a run has several). Read from ru
 row a run and seed: the columns run, seed, temp_loss, temp_alpha, window, temporal_fraction and k,
 then the headline numbers under their names in final_info.json; an empty cell is undefined. The
 short runs of the grid of windows, weights, leading shares and losses have names that begin with
-grid_; grid_base is their baseline (weight 0).
+grid_; grid_base is their baseline (weight 0). Short runs whose names begin with control_ stand in
+the table of the grid only.
 """
 import argparse
 import csv
@@ -43,12 +44,11 @@ labels = {  # run directory under runs/study -> label, in the order drawn
     "run_4": "+ LayerNorm",
     "run_5": "GELU",
     "run_6": "temporal (ours)",
+    "run_7": "temporal, weight 1",
     "tsae_published": "T-SAE (as published)",
     "tsae_released": "T-SAE (as released)",
     "tsae_tuned": "T-SAE (tuned)",
     "matryoshka": "Matryoshka",
-    "control_other_docs": "control: another document",
-    "control_permuted": "control: permuted tokens",
 }
 # The runs of the study in the two top-level pictures, in those of latents, and in consistency.png.
 LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
@@ -178,15 +178,15 @@ def run_path(name, runs_dir, needs):
     raise ValueError(f"no run {name}: {needs} is in none of {tried}")
 
 
-def read_grid(path):
-    """The runs of study.csv whose names begin with grid_: name, config, scores as in Run."""
+def read_grid(path, prefix):
+    """The runs of study.csv whose names begin with `prefix`: name, config, scores as in Run."""
     grid = {}
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except OSError:
         return []
     for row in rows:
-        if not row["run"].startswith("grid_"):
+        if not row["run"].startswith(prefix):
             continue
         columns = ("temp_alpha", "window", "temporal_fraction", "k")
         config = {column: float(row[column]) for column in columns}
@@ -215,6 +215,7 @@ class Records:
 
     runs: list  # of Run
     grid: list  # of the short runs in study.csv
+    controls: list  # the same, with a target that has lost its meaning
     chosen: bool  # the user named the runs
 
     def ladder(self):
@@ -234,6 +235,12 @@ class Records:
             raise Missing(f"no run has {key} in its consistency.json")
         same = [run for run in scored if judged_rows(run) == judged_rows(scored[0])]
         return same[:most]
+
+
+def read_records(runs, runs_dir, chosen=False):
+    """These runs with the short ones of study.csv."""
+    table = runs_dir / "study.csv"
+    return Records(runs, read_grid(table, "grid_"), read_grid(table, "control_"), chosen)
 
 
 def judged_rows(run):
@@ -853,7 +860,7 @@ def table_lines(words, records):
     if kind == "differences":
         return differences_table(runs, *names)
     if kind == "grid":
-        return grid_table(records.grid)
+        return grid_table(records.grid + records.controls)
     raise ValueError(f"no such table: {kind}")
 
 
@@ -923,7 +930,7 @@ def main():
         if not runs:
             parser.exit(1, f"plot.py: no run in {args.runs_dir}; train one with "
                            "python experiment.py --out_dir my_run\n")
-        records = Records(runs, read_grid(args.runs_dir / "study.csv"), bool(args.runs))
+        records = read_records(runs, args.runs_dir, chosen=bool(args.runs))
         if args.tables:
             paths = (HERE / "README.md", HERE / "notes.txt")
             texts = [fill_tables(path.read_text(encoding="utf-8"), records) for path in paths]

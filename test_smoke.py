@@ -2761,5 +2761,5 @@ def test_generated_tables_are_the_committed_ones(name):
     if changed or "table: " not in text:
         pytest.skip("the records are not the committed ones" if changed else "no table yet")
     runs = HERE / "runs"
-    found = plot.Records(plot.find_runs(runs), plot.read_grid(runs / "study.csv"), False)
+    found = plot.read_records(plot.find_runs(runs), runs)
     assert plot.fill_tables(text, found) == text
