@@ -165,7 +165,7 @@ LM_SIZES = {
     "gemma2": {"hidden_size": 2304, "num_attention_heads": 8, "num_key_value_heads": 4,
                "head_dim": 256, "intermediate_size": 9216},
     "llama": {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
-              "intermediate_size": 1536},  # SmolLM2-135M
+              "intermediate_size": 1536},  # as SmolLM2-135M
     "tiny": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 16, "intermediate_size": 128}}
 

@@ -1715,8 +1715,8 @@ class Scorer:
 def leave_out_sinks(rows, acts):
     """Rows with doc 0 at tokens whose activation is no feature of the text, and their number.
 
-    The rule of training: attention sinks, whose norm is above prepare.sink_limit of the ordinary
-    tokens' norms, and zero activations.
+    As in training, with the median of these rows: attention sinks, whose norm is above
+    prepare.sink_limit of the ordinary tokens' norms, and zero activations.
     """
     norms = np.zeros(rows.doc.shape)
     for start in range(0, len(rows.doc), BATCH_ROWS):

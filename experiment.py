@@ -112,8 +112,8 @@ class Config:
     temperature: float = flag(1.0, "infonce: of the softmax, in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
-    control: str = flag("none", "window_mean: take the target from another document, or from a "
-                        "random place of the same document", ("none", "other_docs", "permuted"))
+    control: str = flag("none", "window_mean: take the target from another document, or shuffle "
+                        "the tokens of each document first", ("none", "other_docs", "permuted"))
     # -- training
     train_tokens: int = flag(3_000_000, "token visits; the harvest is reused", least=1)
     batch_size: int = flag(4096, "tokens a step, over all processes", least=1)
@@ -165,6 +165,8 @@ def check(cfg):
     refuse = {
         f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}":
             cfg.temp_loss not in TEMP_LOSSES,
+        f"ARCHITECTURES has no name under which --sparsity {cfg.sparsity} is saved":
+            cfg.sparsity not in ARCHITECTURES,
         f"--out_dir {cfg.out_dir} does not name a directory of its own":
             Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),
         f"--seed {cfg.seed} is too large: it must fit 63 bits": cfg.seed + cfg.n_seeds > 2**63,
@@ -260,7 +262,8 @@ class SAE(torch.nn.Module):
             W = torch.rand(d_in, d_sae, generator=generator)
             self.W_enc.copy_((2 * W - 1) * bound)
 
-    def normalise(self, x):
+    @staticmethod
+    def normalise(x):
         """x (..., d_in) -> LayerNormed x, its mean and deviation. SAELens' formula (ddof 1)."""
         mean = x.mean(-1, keepdim=True)
         std = x.std(-1, keepdim=True)
@@ -292,7 +295,9 @@ class SAE(torch.nn.Module):
             return keep_top(acts, pre, self.k)
         if self.sparsity == "batchtopk":
             return acts * (pre > self.threshold)
-        return acts
+        if self.sparsity == "l1":
+            return acts
+        raise ValueError(f"SAE.encode has no branch for --sparsity {self.sparsity}")
 
     def decode(self, acts, x):
         """acts (..., d_sae) and the x (..., d_in) that they come from -> x_hat (..., d_in)."""
@@ -356,8 +361,9 @@ def window_mean(x, doc, window):
 def window_mean_target(x, doc, cfg, step):
     """What the leading latents of each token are to predict, and for which tokens; see window_mean.
 
-    The controls keep the loss and break the order: `other_docs` takes the target of a token from
-    another chunk, `permuted` from the window of a random token of its own document and chunk.
+    Two controls keep the loss: `other_docs` takes the target of a token from another chunk;
+    `permuted` shuffles the tokens of each document inside a chunk first, so that the target is the
+    mean of random ones among them.
     """
     if cfg.control == "permuted":
         generator = torch.Generator().manual_seed(step)
@@ -543,6 +549,8 @@ def encode_dense(sae, x, ok, n_valid):
         return DenseCodes(sae.activate(pre) * ok[:, None])
     if sae.sparsity == "topk":
         return DenseCodes(keep_top(sae.activate(pre), pre, sae.k) * ok[:, None])
+    if sae.sparsity != "batchtopk":
+        raise ValueError(f"encode_dense has no branch for --sparsity {sae.sparsity}")
     # A token hardly ever takes more than 4k codes, so the k*B largest of the batch are among the
     # 4k largest of each row. That spares a sort of the whole batch.
     with torch.no_grad():
@@ -924,7 +932,7 @@ class Harvest:
         """Stats of the calibration rows. Sums are in float64."""
         x = self.calibration_tokens()
         if self.cfg.layernorm:
-            x = SAE.normalise(None, x)[0]
+            x = SAE.normalise(x)[0]
         x = x.double()
         mean = x.mean(0)
         power = float(x.square().sum(1).mean())
@@ -1491,7 +1499,8 @@ def report(error, cfg):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The fast sparse step for CPUs: the same numbers as section 4. Skip this on first reading.
+# 9. The fast sparse step for CPUs, the default there: what section 4 computes, up to rounding (and
+# but for tokens with more than 4k codes). Skip this on first reading.
 #
 # With 32 of 2304 latents active, only the product that selects them has to be dense. All else is
 # done for the active (token, latent) pairs alone.

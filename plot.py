@@ -49,6 +49,9 @@ labels = {  # run directory under runs/study -> label, in the order drawn
     "tsae_released": "T-SAE (as released)",
     "tsae_tuned": "T-SAE (tuned)",
     "matryoshka": "Matryoshka",
+    "gemma_base": "Gemma 3: baseline",
+    "gemma_ours": "Gemma 3: temporal (ours)",
+    "gemma_tsae": "Gemma 3: T-SAE (tuned)",
 }
 # The runs of the study in the two top-level pictures, in those of latents, and in consistency.png.
 LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
@@ -783,6 +786,15 @@ HEADLINE = {  # metric -> row of the first table
     "ce_loss_score": "CE loss score",
     "l0": "L0",
 }
+RIVALS = {  # metric -> column of the table of several runs
+    "explained_variance": "explained variance",
+    "ce_loss_score": "CE score",
+    "token_topic_5": "topic, 5 latents",
+    "token_topic_5_lead": "5 of the lead",
+    "document_id": "which document",
+    "autocorr_16_lead": "lead at lag 16",
+    "smoothness_S": "S",
+}
 SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_topic_5_lead",
            "document_id", "boundary", "doc_topic_5", "token_class_5", "token_class_20", "autocorr_1",
            "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "redundant_share", "together",
@@ -808,6 +820,16 @@ def headline_table(runs):
         a, b = base.scores[metric], ours.scores[metric]
         difference = with_error(b - a, signed=True)
         lines.append(f"| {words} | {with_error(a)} | {with_error(b)} | {difference} |")
+    return lines
+
+
+def rivals_table(runs, *names):
+    """Several runs, a line each."""
+    lines = ["| run (seeds) | " + " | ".join(RIVALS.values()) + " |", "|---" * (len(RIVALS) + 1) + "|"]
+    for name in names:
+        run = runs[name]
+        cells = [with_error(run.scores[metric]) for metric in RIVALS]
+        lines.append(f"| {run.label} ({run.seeds}) | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -855,6 +877,8 @@ def table_lines(words, records):
     runs = {run.name: run for run in records.runs}
     if kind == "headline":
         return headline_table(runs)
+    if kind == "rivals":
+        return rivals_table(runs, *names)
     if kind == "results":
         return results_table(runs, *names)
     if kind == "differences":

@@ -71,7 +71,7 @@ class Embedded(NamedTuple):
     terms: str = ""  # said when it is fetched
 
 
-EMBEDDED_LM = "SmolLM2-135M"
+EMBEDDED_LM = "SmolLM2-135M-Instruct"
 EMBEDDED_TEXT = "wikipedia-summaries"
 EMBEDDED = {
     EMBEDDED_LM: Embedded(

@@ -123,6 +123,14 @@ def is_done(name, rows):
     return all(flags == ALL[name] for flags in found)
 
 
+def say_revisions(rows):
+    """A sentence if the table mixes scores of several revisions."""
+    revisions = {(row["experiment_sha256"], row["evaluate_sha256"]) for row in rows.values()}
+    if len(revisions) > 1:
+        print(f"note: {TABLE.name} holds scores of {len(revisions)} revisions of experiment.py and "
+              "evaluate.py", file=sys.stderr)
+
+
 def record(name):
     """Put the scores of a finished run into study.csv."""
     folder = folder_of(name)
@@ -221,6 +229,7 @@ def main(argv=None):
         print(f"error: {problem}", file=sys.stderr)
         return 2
     rows = read_table()
+    say_revisions(rows)
     if args.list:
         for name, flags in ALL.items():
             print(f"{'done' if is_done(name, rows) else '    '}  {name:24} {flags}")
