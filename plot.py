@@ -440,15 +440,15 @@ def probe_panel(ax, runs, metrics):
 
 
 def level(ax, value, name):
-    """A grey line at a reference value, with its name at the right."""
+    """A grey line at a reference value, with its name in the middle."""
     if value is None:
         return
     ax.axhline(value, color="0.45", linestyle="-.", linewidth=1)
-    ax.annotate(name, (1, value), (0, 2), xycoords=("axes fraction", "data"), ha="right",
+    ax.annotate(name, (0.5, value), (0, 2), xycoords=("axes fraction", "data"), ha="center",
                 textcoords="offset points", fontsize=8.5, color="0.35")
 
 
-FRONTIER = {"token_topic_5_lead": "topic of a token, 5 leading latents (AUROC)",
+FRONTIER = {"token_topic_5": "topic of a token, 5 latents (AUROC)",
             "document_id": "which document (accuracy)"}
 
 
