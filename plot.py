@@ -825,7 +825,8 @@ def headline_table(runs):
 
 def rivals_table(runs, *names):
     """Several runs, a line each."""
-    lines = ["| run (seeds) | " + " | ".join(RIVALS.values()) + " |", "|---" * (len(RIVALS) + 1) + "|"]
+    lines = ["| run (seeds) | " + " | ".join(RIVALS.values()) + " |"]
+    lines.append("|---" * (len(RIVALS) + 1) + "|")
     for name in names:
         run = runs[name]
         cells = [with_error(run.scores[metric]) for metric in RIVALS]
