@@ -920,7 +920,6 @@ def tokenised(documents, tokenizer, wanted):
     hashes = []
     lengths = []
     read = 0
-    characters = 0
     lacking = total
     documents = numbered(documents)
     longest = max(wanted.values()) * CHARACTERS_A_TOKEN  # what is beyond would never be used
@@ -928,12 +927,10 @@ def tokenised(documents, tokenizer, wanted):
                disable=RANK > 0, mininterval=1)
     with bar:
         while lacking > 0:
-            # no more than is lacking, by the length of tokens so far
-            batch = next_texts(documents, lacking * max(1, characters / max(1, read)))
+            batch = next_texts(documents, lacking * CHARACTERS_A_TOKEN)
             if not batch:
                 break
             texts = [text[:longest] for _, text, _ in batch]
-            characters += sum(map(len, texts))
             encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
             for (number, text, label), all_ids in zip(batch, encoded):
                 ids = [i for i in all_ids if i not in special]

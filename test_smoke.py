@@ -650,6 +650,13 @@ def test_no_document_is_in_two_splits_and_those_held_out_are_spread(tiny):
     assert 0.3 < np.mean(list(held)) / n_read < 0.7
 
 
+def test_the_same_inputs_give_the_same_rows(tiny):
+    """A cache would go on with the rows of an older revision: if this fails, count FORMAT up."""
+    inputs = rows_of(tiny["dataset"], tiny["model"])
+    parts = [getattr(inputs, split)[:][column] for split in SPLITS for column in ("tokens", "doc")]
+    assert (prepare.FORMAT, prepare.sha256(*parts)[:16]) == (1, "759708da35d2fe65")
+
+
 def test_equal_texts_stay_on_one_side(work, lm_dir):
     copies = [STORIES[i % 20] for i in range(200)]
     inputs = rows_of(write(work / "copies.jsonl", json_lines(copies)), lm_dir)
