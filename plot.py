@@ -218,7 +218,7 @@ class Records:
 
     runs: list  # of Run
     grid: list  # of the short runs in study.csv
-    controls: list  # the same, with a target that has lost its meaning
+    controls: list  # the same, with the targets of --control
     chosen: bool  # the user named the runs
 
     def ladder(self):

@@ -849,7 +849,9 @@ def check_text(dataset, **options):
 SPLITS = ("heldout", "calibration", "train")
 FORMAT = 1  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
-CHARACTERS_A_TOKEN = 8  # more than text has on average: longer documents are cut by it
+# More than text has on average: so much is read at once for each token that is lacking, and what a
+# document has beyond it is cut. Which documents are read depends on it: see FORMAT.
+CHARACTERS_A_TOKEN = 8
 
 DOCUMENT = datasets.Features(
     number=datasets.Value("int64"),  # place in the data set, empty ones counted
