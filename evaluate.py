@@ -86,8 +86,8 @@ CORE_KEYS = (
     "l0", "l1", "frac_alive", "ce_loss_score", "kl_div_score")
 # what config.json or the command line may say of the text, handed on to prepare.text_rows
 TEXT_OPTIONS = (
-    "context_size", "harvest_tokens", "eval_rows", "calibration_rows", "text_field",
-    "dataset_config", "split", "encoding", "cache_dir")
+    "context_size", "harvest_tokens", "eval_rows", "text_field", "dataset_config", "split",
+    "encoding", "cache_dir")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1403,7 +1403,10 @@ def raw_token_topic(x, known, in_train):
 
 
 def doc_topic(codes, known, in_train, groups):
-    """doc_topic_k: a document's topic from its mean code, on topics with 10 documents or more."""
+    """doc_topic_k: a document's topic from its mean code, on topics with 10 documents or more.
+
+    "Uncategorized" counts as a topic here, and documents without a label as examples of no topic.
+    """
     valid = np.flatnonzero(known.doc > 0)
     documents, first, which = np.unique(
         known.doc[valid], return_index=True, return_inverse=True)
@@ -1727,7 +1730,8 @@ def leave_out_sinks(rows, acts):
         raise ValueError("the rows hold no ordinary token to score")
     if not np.isfinite(norms[valid]).all():
         raise ValueError("the held-out activations hold NaN or infinity")
-    out = valid & ((norms > prepare.sink_limit(norms[valid])) | (norms == 0))
+    ordinary = norms[valid & (norms > 0)]
+    out = valid & ((norms > prepare.sink_limit(ordinary)) | (norms == 0))
     if (out == valid).all():
         raise ValueError("the rows hold no ordinary token to score: all activations are 0")
     return rows._replace(doc=np.where(out, 0, rows.doc).astype(np.int32)), int(out.sum())
@@ -1921,11 +1925,10 @@ def sample_blocks(scorer, raw, rows, stats, text):
         same.block["apart"][name] = apart["whole"]
     lag16 = max(k for k, lag in enumerate(lags) if lag <= 16)
     table = {
-        "index": at, "rate": stats["rate"][at], "mass": scorer.fidelity.mass[at],
-        "span": stats["span"][at], "autocorr_1": stats["autocorr"][0, at],
-        "autocorr_16": stats["autocorr"][lag16, at], "within_1": stats["autocorr_within"][0, at],
-        "eta2": stats["eta2"][at], "cluster": found.of[at], "partner": same.partner[at],
-        "partner_corr": same.partner_corr[at], "x": found.xy[listed, 0], "y": found.xy[listed, 1]}
+        "index": at, "autocorr_1": stats["autocorr"][0, at],
+        "autocorr_16": stats["autocorr"][lag16, at], "cluster": found.of[at],
+        "partner": same.partner[at], "partner_corr": same.partner_corr[at],
+        "x": found.xy[listed, 0], "y": found.xy[listed, 1]}
     return {
         "position_corr": position, "clusters": found.block, "redundancy": same.block,
         "latents": {name: plain(value, 3) for name, value in table.items()},
@@ -2306,7 +2309,8 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
 
 DEFAULTS = {  # of what a run's config.json or the command line does not say
     "seed": 0, "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
-    "acts": "", "acts_mask": "", "context_size": 128, "reconstruction_rows": 64, "cache_dir": ""}
+    "acts": "", "acts_mask": "", "context_size": 128, "eval_rows": 464, "reconstruction_rows": 64,
+    "cache_dir": ""}
 
 
 def read_settings(folder, changes):
@@ -2387,8 +2391,7 @@ def check_width(d_in, width, what):
 
 def hold_out_acts(cfg, width):
     """HeldOut of a file of activations: the rows that prepare.load_acts holds out."""
-    options = {name: cfg[name] for name in ("eval_rows", "calibration_rows") if name in cfg}
-    data = prepare.load_acts(cfg["acts"], cfg["acts_mask"], **options)
+    data = prepare.load_acts(cfg["acts"], cfg["acts_mask"], cfg["eval_rows"])
     check_width(data.acts.shape[-1], width, public_name(cfg["acts"]))
     held = np.asarray(data.heldout)
     doc = np.asarray(data.doc)[held]
@@ -2614,6 +2617,11 @@ def comparison_notes(first, other):
         if other.judge["hashes"][name] != first.judge["hashes"][name]:
             what = {"evaluate": "by another evaluate.py", "rows": "on other rows"}[name]
             notes.append(f"{other.title} was scored {what} than {first.title}")
+    rows = [run.judge["counts"]["sample_rows"] for run in (first, other)]
+    if rows[0] != rows[1]:
+        notes.append(
+            f"{first.title} was probed on {rows[0]} rows, {other.title} on {rows[1]}: of a code "
+            "with a high L0 fewer rows are kept")
     for name in ("model", "layer", "dtype"):
         mine = other.judge.get("scored_on", {}).get(name)
         theirs = first.judge.get("scored_on", {}).get(name)

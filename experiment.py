@@ -186,7 +186,8 @@ def check(cfg):
         f"--control {cfg.control} needs --temp_loss window_mean":
             cfg.control != "none" and cfg.temp_loss != "window_mean",
         f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
-        f"{cfg.eval_rows} for the other metrics": cfg.reconstruction_rows >= cfg.eval_rows,
+        f"{cfg.eval_rows} for the other metrics":
+            not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
         "--acts_mask is for --acts": bool(cfg.acts_mask) and not cfg.acts,
         "--resume and --overwrite exclude each other": cfg.resume and cfg.overwrite,
     }
@@ -362,8 +363,8 @@ def window_mean_target(x, doc, cfg, step):
     """What the leading latents of each token are to predict, and for which tokens; see window_mean.
 
     Two controls keep the loss: `other_docs` takes the target of a token from another chunk;
-    `permuted` shuffles the tokens of each document inside a chunk first, so that the target is the
-    mean of random ones among them.
+    `permuted` takes the window in a random order of the document's tokens in the chunk, so that
+    the target is the mean of random others among them.
     """
     if cfg.control == "permuted":
         generator = torch.Generator().manual_seed(step)
@@ -372,7 +373,9 @@ def window_mean_target(x, doc, cfg, step):
         first[:, 1:] = doc[:, 1:] != doc[:, :-1]
         stretch = first.cumsum(1)  # numbers the stretches of one document
         order = (stretch + 0.99 * noise).argsort(1)
-        x = x.gather(1, order[..., None].expand_as(x))
+        target, enough = window_mean(x.gather(1, order[..., None].expand_as(x)), doc, cfg.window)
+        back = order.argsort(1)  # each token gets the target that was made around it
+        return target.gather(1, back[..., None].expand_as(x)), enough.gather(1, back)
     target, enough = window_mean(x, doc, cfg.window)
     if cfg.control == "other_docs":
         enough = enough & enough.roll(1, 0)
@@ -424,9 +427,10 @@ def sqdiff_loss(codes, doc, window):
 
 
 def variance_loss(codes, doc, window):
-    """sum_i E[variance of z_i in the window] / sum_i E[z_i^2]: blind to scale.
+    """sum_i E[variance of z_i among tokens of a window] / sum_i E[z_i^2]: blind to scale.
 
-    The variance of w values is (w - 1) / w times half their mean squared difference.
+    The variance of w values is (w - 1) / w times half the mean squared difference of pairs of
+    them. Here the mean is over all pairs less than `window` apart, near and far ones alike.
 
     >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 1 / 5
     tensor(0.2000)
@@ -464,14 +468,14 @@ def selective_loss(codes, doc, window):
     return (weight * flicker).mean()
 
 
-def infonce_loss(codes, doc, window, temperature, cosine=True):
+def infonce_loss(codes, doc, temperature, cosine=True):
     """Symmetric InfoNCE: z_{t+1} must identify z_t among the codes of other documents.
 
     Bhalla et al. 2025 (T-SAE). cosine: of cosines, as published; else of inner products, as in
-    their released code. `window` has no part in it. Every fourth pair of a chunk takes part.
+    their released code. Every fourth pair of a chunk takes part.
 
     >>> codes = torch.eye(2).repeat_interleave(2, 0).view(2, 2, 2)
-    >>> infonce_loss(codes, torch.tensor([[1, 1], [2, 2]]), 2, 1.0)  # log(1 + 1/e)
+    >>> infonce_loss(codes, torch.tensor([[1, 1], [2, 2]]), 1.0)  # log(1 + 1/e)
     tensor(0.3133)
     """
     ok = same_document(doc, 1)[:, ::4].flatten()
@@ -658,7 +662,7 @@ class Trainer:
         raw_variance = self.stats.variance / self.stats.scale**2
         cosine = cfg.temp_loss == "infonce"
         z = z.view(*doc.shape, -1)
-        return infonce_loss(z, doc, cfg.window, cfg.temperature, cosine) / raw_variance
+        return infonce_loss(z, doc, cfg.temperature, cosine) / raw_variance
 
     def auxk_loss(self, x, residual, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
@@ -1439,8 +1443,10 @@ def parse(argv):
         raise ValueError(str(e)) from None
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
-    for name in ("model", "dataset", "acts", "acts_mask", "cache_dir"):
+    for name in ("model", "dataset", "acts", "acts_mask"):
         setattr(args, name, absolute(getattr(args, name)))
+    if args.cache_dir:
+        args.cache_dir = str(Path(args.cache_dir).expanduser().resolve())  # it may not exist yet
     return Config(**vars(args))
 
 

@@ -802,13 +802,20 @@ SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_
 
 
 def with_error(values, signed=False):
-    """Mean ± standard error over seeds, rounded so that the error shows two digits."""
+    """Mean ± standard error over seeds, rounded so that the error shows two digits.
+
+    One seed has no error.
+    """
     mean, error = mean_se(values)
     digits = 4
-    if np.isfinite(error) and error > 0:
+    if error > 0:
         digits = int(np.clip(1 - math.floor(math.log10(error)), 0, 5))
-    text = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
-    return f"{text} ± {error:.{digits}f}" if np.isfinite(error) else text
+    text = f"{mean:.{digits}f}"
+    if signed:
+        text = f"{mean:+.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {error:.{digits}f}"
+    return text
 
 
 def headline_table(runs):

@@ -422,9 +422,9 @@ def check_model(model, layer, context_size):
 
 
 def model_shape(model, cache_dir=""):
-    """(d_in, number of layers, size of the vocabulary), from the config."""
+    """(d_in, size of the vocabulary), from the config."""
     text = load_config(model, cache_dir).get_text_config(decoder=True)
-    return text.hidden_size, text.num_hidden_layers, text.vocab_size
+    return text.hidden_size, text.vocab_size
 
 
 def load_tokenizer(model, cache_dir=""):
@@ -955,7 +955,7 @@ def tokenised(documents, tokenizer, wanted):
 
 def read_documents(source, model, tokenizer, wanted):
     """Yield a DOCUMENT of each text of the source, until they fill the splits."""
-    _, _, vocab_size = model_shape(model, source.cache_dir)
+    _, vocab_size = model_shape(model, source.cache_dir)
     check_vocabulary(model, tokenizer(), vocab_size)
     found = False
     texts = read_text(**source._asdict())
@@ -1220,8 +1220,8 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     if not path.is_file():
         raise ValueError(f"--acts {path}: no such file")
     acts = read_acts(path)
-    if len(acts) < 4:
-        raise ValueError(f"--acts {path} has {len(acts)} rows; at least 4 are needed")
+    if len(acts) < 8:
+        raise ValueError(f"--acts {path} has {len(acts)} rows; at least 8 are needed")
     for start in range(0, len(acts), 256):
         if not torch.isfinite(acts[start : start + 256]).all():
             raise ValueError(f"--acts {path} holds NaN or infinity")
