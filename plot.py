@@ -396,7 +396,11 @@ def consistency(records):
 
 
 def lag_panel(ax, runs):
-    """Mean autocorrelation of the codes by lag: solid for the leading share, dashed for all."""
+    """Mean autocorrelation of the codes by lag: solid for the leading share, dashed for all.
+
+    Thin: the leading share when the tokens of each document are shuffled. What lies above it is the
+    order of the tokens, what lies below is which document they are from.
+    """
     first = runs[0].consistency[0]  # lags, raw activations and limit are the same for all runs
     lags = first["lags"]
     for run in runs:
@@ -404,6 +408,9 @@ def lag_panel(ax, runs):
             values = [tree["autocorr"][group]["mean"] for tree in run.consistency]
             band(ax, lags, values, run, linestyle=line, linewidth=width, marker=run.marker,
                  label=f"{run.label}, {group}")
+        shuffled = [tree["autocorr_null"]["lead"]["mean"] for tree in run.consistency]
+        ax.plot(lags, np.mean(np.array(shuffled, float), 0), color=run.colour, linewidth=0.8)
+    ax.plot([], [], color="0.3", linewidth=0.8, label="thin: lead, tokens shuffled in a document")
     limit = first.get("linear_limit")
     if limit:
         means = {int(n): np.array(values, float) for n, values in limit["mean"].items()}
