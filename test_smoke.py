@@ -902,7 +902,8 @@ def test_sinks_and_zeros_of_own_activations_are_left_out_of_training_and_judging
         assert 0 < n_valid == (~left_out).sum()
         assert norms[~left_out].max() < 100 and norms[~left_out].min() > 0
         assert set((norms[left_out] > 100).tolist()) == {True, False}
-    out = run("sinks", own, acts=work / "sinks.npy")
+    # rows for CE are of no account where there is no language model
+    out = run("sinks", own, acts=work / "sinks.npy", reconstruction_rows=own["eval_rows"])
     counts = counts_of(out)
     assert counts["left_out"] == 10 * counts["rows"] and counts["tokens"] == 6 * counts["rows"]
     assert means(out)["explained_variance"] > 0.2
@@ -1991,6 +1992,8 @@ def test_a_run_at_work_is_left_alone(work, base, tiny, capsys):
 def test_bare_names_land_in_runs_and_study_is_the_table_s():
     assert experiment.parse(["--out_dir", "run_4"]).run_dir == HERE / "runs" / "run_4"
     assert experiment.parse(["--out_dir", "~/x"]).run_dir == Path("~/x").expanduser()
+    cache = experiment.parse(["--cache_dir", "not_yet_there"]).cache_dir
+    assert cache == str(Path("not_yet_there").resolve()), "it would depend on the directory"
     for name in ("study", "", ".", ".."):
         with pytest.raises(ValueError, match="--out_dir"):
             experiment.check(experiment.parse(["--out_dir", name]))
@@ -2314,6 +2317,12 @@ def test_another_model_and_other_text_are_scored_and_named(work, base, bpe, caps
     assert evaluate.main([str(base), str(out)]) == 0
     printed = capsys.readouterr().out
     assert "scored on model other_lm" in printed and "on other rows" in printed
+    assert "probed on" not in printed
+    judge = read(out / "consistency.json")
+    judge["counts"]["sample_rows"] -= 16
+    write(out / "consistency.json", json.dumps(judge))
+    assert evaluate.main([str(base), str(out)]) == 0
+    assert "was probed on" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------
