@@ -77,6 +77,7 @@ CLASS_TOKENS = 8000  # tokens a side in the token class probe
 ID_DOCUMENTS = 120  # documents told apart by the document probe,
 ID_LEAST = 40  # each with so many valid tokens at least,
 ID_TOKENS = 25  # of which it reads the last so many
+ID_DRAWS = 4  # draws of documents and of the training side, of which it gives the mean
 LIMIT_LAG = 16  # lag at which the slowest linear directions are fitted
 LIMIT_FIRST = (10, 50, 100)
 EDGE = 8  # tokens on each side of a place that may be a boundary
@@ -1405,15 +1406,16 @@ def raw_token_topic(x, known, in_train):
 def doc_topic(codes, known, in_train, groups):
     """doc_topic_k: a document's topic from its mean code, on topics with 10 documents or more.
 
-    "Uncategorized" counts as a topic here, and documents without a label as examples of no topic.
+    As in token_topic, only documents whose topic is known and not "Uncategorized" take part.
     """
-    valid = np.flatnonzero(known.doc > 0)
+    topic = without_uncategorized(known.topic_names, known.topic)
+    valid = np.flatnonzero((known.doc > 0) & (topic >= 0))
     documents, first, which = np.unique(
         known.doc[valid], return_index=True, return_inverse=True)
     weight = 1 / np.bincount(which)[which]
     shape = (len(documents), codes.shape[0])
     mean = (sparse.csr_matrix((weight, (which, valid)), shape=shape) @ codes).tocsr()
-    topic = known.topic[valid[first]]
+    topic = topic[valid[first]]
     train = in_train[valid[first]]
     found = {}
     for number, name in enumerate(known.topic_names):
@@ -1440,38 +1442,50 @@ def token_class(codes, known, in_train, text, groups):
 
 
 def document_id(codes, known):
-    """Which document is a token from? T-SAE's context probe (arXiv 2511.05541).
+    """Which document is a token from? T-SAE's context probe (arXiv 2511.05541), ID_DRAWS times.
 
-    ID_DOCUMENTS documents at random of those with ID_LEAST valid tokens, the last ID_TOKENS of
-    each, split 75/25 at random over all tokens. Columns: the union over documents of the 5 latents
-    whose mean exceeds that of the other documents most, scaled by their deviation; one multinomial
-    probe (C = 0.1). All of it on the training side; the accuracy is the test side's.
+    A draw takes ID_DOCUMENTS documents at random of those with ID_LEAST valid tokens; the accuracy
+    is the mean over draws, for one draw alone is noisy.
     """
     documents, size = np.unique(known.doc[known.doc > 0], return_counts=True)
-    rng = np.random.default_rng(0)
-    chosen = rng.permutation(documents[size >= ID_LEAST])[:ID_DOCUMENTS]
-    out = {"accuracy": math.nan, "documents": len(chosen), "chance": ratio(1, len(chosen))}
-    if len(chosen) < 2:
+    documents = documents[size >= ID_LEAST]
+    n = min(len(documents), ID_DOCUMENTS)
+    out = {"accuracy": math.nan, "documents": n, "chance": ratio(1, n)}
+    if n < 2:
         return out
-    tokens = np.concatenate([np.flatnonzero(known.doc == number)[-ID_TOKENS:] for number in chosen])
-    y = np.repeat(np.arange(len(chosen)), ID_TOKENS)
-    order = rng.permutation(len(tokens))
-    cut = int(0.75 * len(tokens))
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(ID_DRAWS):
+        chosen = rng.permutation(documents)[:n]
+        last = [np.flatnonzero(known.doc == number)[-ID_TOKENS:] for number in chosen]
+        order = rng.permutation(n * ID_TOKENS)
+        found.append(id_accuracy(codes[np.concatenate(last)], order))
+    out["accuracy"] = float(np.mean(found))
+    return out
+
+
+def id_accuracy(codes, order):
+    """Accuracy of one multinomial probe (C = 0.1) for the documents of codes, ID_TOKENS lines each.
+
+    order: a permutation of the lines, of which the first 75 % are the training side. Columns: the
+    union over documents of the 5 latents whose mean exceeds that of the other documents most,
+    scaled by their deviation. All of it is chosen on the training side.
+    """
+    y = np.arange(codes.shape[0]) // ID_TOKENS
+    cut = int(0.75 * len(y))
     train = order[:cut]
     test = order[cut:]
-    a = codes[tokens[train]]
+    a = codes[train]
     picked = set()
-    for number in range(len(chosen)):
-        if (y[train] == number).any():
-            gap = class_gap(a, y[train] == number)
-            picked |= set(np.argsort(-gap, kind="stable")[:5].tolist())
+    for number in np.unique(y[train]):
+        gap = class_gap(a, y[train] == number)
+        picked |= set(np.argsort(-gap, kind="stable")[:5].tolist())
     columns = np.array(sorted(picked))
     a = a[:, columns].toarray()
+    b = codes[test][:, columns].toarray()
     scale = deviation(a)
     fit = LogisticRegression(max_iter=200, C=0.1).fit(a / scale, y[train])
-    b = codes[tokens[test]][:, columns].toarray()
-    out["accuracy"] = fit.score(b / scale, y[test])
-    return out
+    return fit.score(b / scale, y[test])
 
 
 @one_thread

@@ -6,7 +6,8 @@
 
 This file is the science of one run and is meant to be edited. It is read from top to bottom: Config,
 SAE, temporal consistency, training step, harvest by hooks, training loop, run directory, main. The
-last section is a faster training step for CPUs with the same numbers; skip it on first reading.
+last section is a faster training step for CPUs that gives the same codes up to rounding; skip it
+on first reading.
 prepare.py turns names into text and models. evaluate.py judges the result; do not change it between
 runs that you compare.
 
@@ -104,7 +105,7 @@ class Config:
     # -- temporal consistency
     temp_loss: str = flag("window_mean", "window_mean, infonce, infonce_dot, or one of PAIR_LOSSES: "
                           "sqdiff, variance, autocorr, selective; see section 3")
-    temp_alpha: float = flag(0.3, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart belong to one sliding window; "
                        "1 is the baseline", least=1)
     temporal_fraction: float = flag(0.05, "share of the dictionary (its leading latents) that the "
@@ -122,7 +123,8 @@ class Config:
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant",
                          ("cosine", "constant"))
     warmup_steps: int = flag(50, "linear warm-up of the learning rate", least=0)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 is off", least=0)
+    grad_clip: float = flag(0.003, "largest gradient norm; so small, it binds at every step, and "
+                            "large first gradients do not fill Adam's memory; 0 is off", least=0)
     auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); "
                              "0 is off", least=0)
     dead_tokens: int = flag(100_000, "tokens without firing after which a latent is dead", least=1)
@@ -219,8 +221,8 @@ def check_value(name, value, help, choices, least, above):
 # ------------------------------------------------------------------------------------------------
 
 
-# What SAELens calls an SAE of each --sparsity. batchtopk is saved as the jumprelu that it is at
-# inference.
+# What SAELens calls an SAE of each --sparsity. At inference batchtopk is a fixed threshold, so it is
+# saved as jumprelu.
 ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
 
 
@@ -275,8 +277,8 @@ class SAE(torch.nn.Module):
         W, bias = self.W_enc.t(), self.b_enc
         if latents is not None:
             W, bias = W[latents], bias[latents]
-        # b_dec gets its gradient by way of a term of the bias that is 0. By way of x it would
-        # take one more dense product.
+        # b_dec's gradient comes through a bias term whose value is 0: through x - b_dec it would
+        # cost one more dense product.
         b_dec = self.b_dec.detach()
         return F.linear(x - b_dec, W, bias + (b_dec - self.b_dec) @ W.detach().t())
 
@@ -330,9 +332,9 @@ def keep_top(acts, pre, k):
 # ------------------------------------------------------------------------------------------------
 
 MIN_OTHERS = 4  # a window mean of fewer tokens is mostly noise
-# A batch's chunks are shuffled, so its first ones are a fair sample, and half the cost:
-MEAN_SHARE = 2  # the window mean is predicted on the first half of a batch,
-PAIR_SHARE = 4  # losses on pairs of tokens see the first quarter
+# The chunks of a batch are shuffled, so the first 1/N of them is a fair sample at 1/N of the cost.
+MEAN_SHARE = 2  # N of the window mean
+PAIR_SHARE = 4  # N of the losses on pairs of tokens
 
 
 def same_document(doc, lag):
@@ -362,25 +364,32 @@ def window_mean(x, doc, window):
 def window_mean_target(x, doc, cfg, step):
     """What the leading latents of each token are to predict, and for which tokens; see window_mean.
 
-    Two controls keep the loss: `other_docs` takes the target of a token from another chunk;
-    `permuted` takes the window in a random order of the document's tokens in the chunk, so that
-    the target is the mean of random others among them.
+    Two controls keep the loss and change the target. `other_docs` takes it from another chunk.
+    `permuted` shuffles the tokens of a document within the chunk before it takes window means, so
+    that the target is the mean of random others of the same document.
     """
     if cfg.control == "permuted":
-        generator = torch.Generator().manual_seed(step)
-        noise = to_device(torch.rand(doc.shape, generator=generator), doc.device)
-        first = torch.ones_like(doc)
-        first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-        stretch = first.cumsum(1)  # numbers the stretches of one document
-        order = (stretch + 0.99 * noise).argsort(1)
-        target, enough = window_mean(x.gather(1, order[..., None].expand_as(x)), doc, cfg.window)
-        back = order.argsort(1)  # each token gets the target that was made around it
-        return target.gather(1, back[..., None].expand_as(x)), enough.gather(1, back)
+        order = shuffle_within_documents(doc, step)
+        x = x.gather(1, order[..., None].expand_as(x))
     target, enough = window_mean(x, doc, cfg.window)
+    if cfg.control == "permuted":
+        back = order.argsort(1)  # undoes the shuffle
+        target = target.gather(1, back[..., None].expand_as(x))
+        enough = enough.gather(1, back)
     if cfg.control == "other_docs":
         enough = enough & enough.roll(1, 0)
         target = target.roll(1, 0)
     return target, enough
+
+
+def shuffle_within_documents(doc, step):
+    """doc (N, T) -> (N, T) a random order of each chunk's tokens that leaves doc as it is."""
+    generator = torch.Generator().manual_seed(step)
+    noise = to_device(torch.rand(doc.shape, generator=generator), doc.device)
+    first = torch.ones_like(doc)
+    first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    stretch = first.cumsum(1)  # numbers the stretches of one document
+    return (stretch + 0.99 * noise).argsort(1)
 
 
 def window_mean_loss(guess, target, enough, b_dec):
@@ -442,7 +451,7 @@ def variance_loss(codes, doc, window):
 def autocorr_loss(codes, doc, window):
     """sum_i w_i (1 - rho_i), w_i the latent's share of the variance of all codes.
 
-    The variance is a constant to the gradient, or growing it would be the cheapest way down.
+    The gradient treats the variance as a constant; otherwise the loss would fall just by growing it.
 
     >>> autocorr_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 4 / 2 / variance 1
     tensor(2.)
@@ -453,7 +462,7 @@ def autocorr_loss(codes, doc, window):
 
 
 def selective_loss(codes, doc, window):
-    """Mean over latents of rho_i (1 - rho_i), the first rho_i a constant to the gradient.
+    """Mean over latents of rho_i (1 - rho_i). The gradient treats the first rho_i as a constant.
 
     It binds the latents that prove slow and leaves the others alone.
 
@@ -547,7 +556,7 @@ class DenseCodes:
 
 
 def encode_dense(sae, x, ok, n_valid):
-    """x (B, d_in), ok (B,) bool with n_valid true -> DenseCodes. Never waits for the device."""
+    """x (B, d_in), ok (B,) bool, n_valid of them True -> DenseCodes. Never waits for the device."""
     pre = sae.pre_activations(x)
     if sae.sparsity == "l1":
         return DenseCodes(sae.activate(pre) * ok[:, None])
@@ -583,7 +592,7 @@ class Trainer:
         self.silent_tokens = torch.zeros(cfg.d_sae, device=device)  # since a latent last fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices of dead latents
         self.matmul_dtype = prepare.pick_dtype(cfg.matmul_dtype, str(device))
-        # On a CPU: section 9, the same numbers, faster.
+        # On a CPU: section 9, the same codes up to rounding, faster.
         sparse = self.device.type == "cpu" and cfg.sparsity in ("topk", "batchtopk")
         self.encode = encode_sparse if sparse else encode_dense
 
@@ -592,8 +601,8 @@ class Trainer:
 
         x (B, d_in) scaled activations, doc (N, T) the document of each of the B = N*T tokens,
         n_valid: how many of them are ordinary (doc > 0). Returns the terms as 0-dim tensors.
-        Raises FloatingPointError before the update if a loss or gradient is not finite. On a GPU
-        an unlogged step does not wait for the answer: it leaves the weights alone instead.
+        If a loss or gradient is not finite, raises FloatingPointError before the update. On a GPU
+        an unlogged step does not wait to find out and does not raise: fused Adam skips the update.
         """
         cfg, sae = self.cfg, self.sae
         ok = doc.flatten() > 0
@@ -656,8 +665,8 @@ class Trainer:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.leading(cfg.n_lead, doc.numel()).dense().float()
             return PAIR_LOSSES[cfg.temp_loss](z.view(*doc.shape, -1), doc, cfg.window)
-        # InfoNCE's weight and temperature are in raw units, as in the paper and its code: there
-        # the reconstruction is |x - x_hat|^2, here its share of the raw variance.
+        # InfoNCE's weight and temperature are in raw units, as in the paper and its code. There it
+        # is added to |x - x_hat|^2; here that is divided by the raw variance, so this is too.
         z = codes.leading(cfg.n_lead).dense().float() / self.stats.scale
         raw_variance = self.stats.variance / self.stats.scale**2
         cosine = cfg.temp_loss == "infonce"
@@ -680,9 +689,9 @@ class Trainer:
     def update(self, loss, step, log):
         """Clip, check and apply the gradients; keep decoder rows at unit norm. -> gradient norm."""
         W, grad = self.sae.W_dec, self.sae.W_dec.grad
-        # Rows stay on the unit sphere: only the gradient along it is a change of direction.
-        along = (grad * W).sum(1, keepdim=True)
-        grad.addcmul_(along, W, value=-1)
+        # Rows have unit norm, so the part of a row's gradient along the row itself is removed.
+        radial = (grad * W).sum(1, keepdim=True)
+        grad.addcmul_(radial, W, value=-1)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         bad = ~torch.isfinite(loss + norm)
@@ -793,7 +802,7 @@ class Harvest:
 
     What a step sees is a function of (seed, step) alone: resuming needs no cursor, and runs with
     the same seed are paired. Own activations (--acts) are one part. A harvest that is larger than
-    cache_gb comes in parts, of which one is on the disk at a time.
+    cache_gb comes in parts; only one part is on disk at a time.
     """
 
     def __init__(self, cfg):
@@ -919,7 +928,7 @@ class Harvest:
             ahead = None
             for step in steps:
                 batch = ahead.result() if ahead else self.batch(seed, step)
-                # a new pass may load another part: that waits until this one is done with
+                # Never across a pass: the next part would replace the one in use.
                 same_pass = self.epoch_and_place(step + 1)[1] > 0
                 ahead = None
                 if self.prefetch and same_pass and step + 1 in steps:
@@ -973,7 +982,7 @@ def harvest_shards(cfg, rows, folder, dtype, device, forward_rows):
         return paths
     check_disk(cfg, len(missing), folder, dtype)
     lm = prepare.load_lm(cfg.model, dtype, device, cfg.cache_dir)[0]
-    for timeout in (0, -1):  # first what nobody is at work on; then wait for what others do
+    for timeout in (0, -1):  # first pass: skip files that others have locked; second: wait for them
         work = list(zip(starts, paths))
         for start, path in tqdm(work, desc="harvest", unit="file", leave=False, disable=RANK > 0):
             if path.exists():
@@ -1505,8 +1514,8 @@ def report(error, cfg):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The fast sparse step for CPUs, the default there: what section 4 computes, up to rounding (and
-# but for tokens with more than 4k codes). Skip this on first reading.
+# 9. The fast sparse step for CPUs, the default there. It computes what section 4 does up to rounding,
+# except for tokens with more than 4k codes. Skip this on first reading.
 #
 # With 32 of 2304 latents active, only the product that selects them has to be dense. All else is
 # done for the active (token, latent) pairs alone.

@@ -75,11 +75,11 @@ GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3",
         "control_other_docs": f"{SHORT} --control other_docs --n_seeds 3",
         "control_permuted": f"{SHORT} --control permuted --n_seeds 3"}
 for window in (2, 4, 8, 16, 32):
-    for alpha in (0.1, 0.3, 1):
+    for alpha in (0.05, 0.2, 1):
         flags = f"{SHORT} --window {window} --temp_alpha {alpha} --n_seeds 3"
         GRID[f"grid_w{window}_a{alpha}"] = flags
 for fraction in (0.02, 0.1, 0.2):
-    for alpha in (0.1, 0.3, 1):
+    for alpha in (0.05, 0.2, 1):
         flags = f"{SHORT} --temporal_fraction {fraction} --temp_alpha {alpha} --n_seeds 3"
         GRID[f"grid_f{fraction}_a{alpha}"] = flags
 OTHER_LOSSES = {"sqdiff": (1e-4, 1e-3, 1e-2), "variance": (0.01, 0.03, 0.1),
