@@ -56,16 +56,16 @@ STUDY = {
     "tsae_released": f"{LEAD} --temp_loss infonce_dot --temp_alpha 0.25 --matryoshka_alpha 0.25 "
                      "--n_seeds 3",
     # Tuned: of grid_infonce*, the best token_topic_5 + document_id within .01 of explained variance
-    "tsae_tuned": f"{LEAD} --temp_loss infonce --temp_alpha 2000 --matryoshka_alpha 0.25 --n_seeds 3",
+    "tsae_tuned": f"{LEAD} --temp_loss infonce --temp_alpha 1000 --matryoshka_alpha 0.25 --n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
     "k16_ours": "--k 16 --n_seeds 3",
     "k64_base": "--k 64 --temp_alpha 0 --n_seeds 3",
     "k64_ours": "--k 64 --n_seeds 3",
-    # A second model. Raw units: 6.4e6 is the same share of its variance as 2000 above
+    # A second model. Raw units: 3.2e6 is the same share of its variance as 1000 above
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
-    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce --temp_alpha 6.4e6 --matryoshka_alpha 0.25 "
+    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce --temp_alpha 3.2e6 --matryoshka_alpha 0.25 "
                   "--n_seeds 3",
 }
 
@@ -91,7 +91,7 @@ for loss, alphas in OTHER_LOSSES.items():
 for alpha in (0.25, 2.5, 25, 250):  # the best one is the rival "tuned"
     flags = f"{SHORT} {LEAD} --temp_loss infonce_dot --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_dot_a{alpha}"] = flags
-for alpha in (2, 20, 200, 2000, 6000):
+for alpha in (2, 20, 200, 600, 1000, 2000, 6000):
     flags = f"{SHORT} {LEAD} --temp_loss infonce --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_a{alpha}"] = flags
 
