@@ -2341,6 +2341,10 @@ def read_settings(folder, changes):
     elif not (folder / "sae_weights.safetensors").is_file():
         raise ValueError(
             f"{folder} holds neither a run (config.json) nor an SAE (sae_weights.safetensors)")
+    elif (folder / "cfg.json").is_file():
+        origin = prepare.read_json(folder / "cfg.json").get("metadata") or {}
+        if str(origin.get("hook_name")).endswith("hook_resid_post"):
+            own = {"layer": origin.get("hook_layer")}
     cfg = DEFAULTS | own | changes
     if not cfg["acts"] and (cfg.get("model") is None or cfg.get("layer") is None):
         raise ValueError(
@@ -2507,6 +2511,10 @@ def evaluate_run(run_dir, *, out=None, **changes):
     run_dir = Path(run_dir)
     out = Path(out or run_dir)
     cfg, notes = read_settings(run_dir, changes)
+    is_run = (run_dir / "config.json").is_file()
+    if is_run and "settings" in notes and out.resolve() == run_dir.resolve():
+        raise ValueError(
+            f"{notes['settings']}: give --out FOLDER, so that the run keeps its own scores")
     seed_dirs = find_seeds(run_dir, cfg)
     saes = [load_sae(folder) for folder in seed_dirs]  # a broken file is refused before the rest
     device = prepare.pick_device(cfg["device"])

@@ -620,6 +620,9 @@ class Trainer:
             loss = terms["recon"]
             if cfg.temporal:
                 terms["temporal"] = self.temporal_loss(codes, x, doc, step)
+                if terms["temporal"].ndim:
+                    raise ValueError(f"--temp_loss {cfg.temp_loss} gives a tensor of shape "
+                                     f"{tuple(terms['temporal'].shape)}, not one number")
                 loss = loss + cfg.temp_alpha * terms["temporal"]
             if cfg.matryoshka_alpha:
                 leading = codes.leading(cfg.n_lead).decode(sae.W_dec[: cfg.n_lead]) + sae.b_dec

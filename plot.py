@@ -72,7 +72,8 @@ CLUSTERS = {  # name that evaluate.py gives a cluster -> colour, marker
     "segment": ("#0072B2", "^"),
     "document/topic": ("#882255", "D"),
 }
-# One colour and marker a run, the same in every picture, in the order of `labels`, then your runs.
+# One colour and marker a run of the study, the same in every picture, in the order of `labels`. Your
+# runs take the colours after the ladder's, with markers from the other end.
 # Safe for colour-blind readers; the first seven also differ in lightness.
 COLOURS = ("#111111", "#332288", "#882255", "#117733", "#44AA99", "#DDCC77", "#D55E00", "#56B4E9",
            "#0072B2", "#CC79A7", "#999933", "#E69F00", "#888888", "#AA4499", "#661100", "#6699CC")
@@ -118,8 +119,13 @@ class Run:
         self.name = path.name
         self.label = label
         self.study = study  # True for the study's own runs, False for the user's
-        self.colour = COLOURS[index % len(COLOURS)]
-        self.marker = MARKERS[index % len(MARKERS)]
+        if study:
+            self.colour = COLOURS[index % len(COLOURS)]
+            self.marker = MARKERS[index % len(MARKERS)]
+        else:
+            spare = COLOURS[len(LADDER) :]
+            self.colour = spare[index % len(spare)]
+            self.marker = MARKERS[-1 - index % len(MARKERS)]
         self.config = load(path / "config.json")
         self.scores = {}
         for dataset in load(path / "final_info.json").values():
@@ -160,12 +166,9 @@ def find_runs(runs_dir):
     for index, name in enumerate([*labels, *sorted(study - labels.keys())]):
         if name in study:
             runs.append(Run(runs_dir / "study" / name, labels.get(name, name), index, True))
-    first = 0
-    if runs:
-        first = len(labels)
-    for index, name in enumerate(sorted(own), first):
+    for index, name in enumerate(sorted(own)):
         label = name
-        if name in study:
+        if study:
             label = f"{name} (yours)"
         runs.append(Run(runs_dir / name, label, index, False))
     return runs
@@ -236,8 +239,12 @@ class Records:
         scored = [run for run in wanted if run.consistency and run.consistency[0].get(key)]
         if not scored:
             raise Missing(f"no run has {key} in its consistency.json")
-        same = [run for run in scored if judged_rows(run) == judged_rows(scored[0])]
-        return same[:most]
+        same = [run for run in scored if judged_rows(run) == judged_rows(scored[0])][:most]
+        others = [run.label for run in scored if run not in same]
+        if others:
+            print(f"{key}: not drawn, scored on other rows or beyond {most} runs: "
+                  f"{', '.join(others)}")
+        return same
 
 
 def read_records(runs, runs_dir, chosen=False):

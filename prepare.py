@@ -225,7 +225,10 @@ def write_whole(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1055,10 +1058,12 @@ def check_enough(dataset, parts, hashes, lengths, wanted, context_size):
     path = local_path(dataset)
     if path is not None and any(loader_of(file) == "text" for file in [path, *path.rglob("*")]):
         hint = "; in .txt and .md files a blank line parts documents"
-    rows = (wanted["heldout"] + wanted["calibration"]) // context_size
+    n_heldout = wanted["heldout"] // context_size
+    n_calibration = wanted["calibration"] // context_size
     raise ValueError(
-        f"--dataset {dataset} is too small for {rows} held-out rows of {context_size} tokens and, "
-        f"of other documents, for training (documents: {len(lengths):,}, different ones: "
+        f"--dataset {dataset} is too small for {n_heldout} held-out rows (--eval_rows) and "
+        f"{n_calibration} for calibration, of {context_size} tokens each, and, of other documents, "
+        f"for training (documents: {len(lengths):,}, different ones: "
         f"{len(np.unique(hashes)):,}, tokens: {lengths.sum():,}{hint})"
     )
 
@@ -1230,6 +1235,9 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     order = np.array(sorted(range(len(acts)), key=functools.partial(row_order, first)))
     n_heldout = min(eval_rows, len(acts) // 4)
     n_calibration = min(calibration_rows, len(acts) // 8)
+    if n_heldout < eval_rows:
+        say(f"--acts {path} has {len(acts):,} rows: {n_heldout:,} are held out, a quarter, not the "
+            f"{eval_rows:,} of --eval_rows")
     heldout = np.sort(order[:n_heldout])
     calibration = np.sort(order[n_heldout : n_heldout + n_calibration])
     train = np.sort(order[n_heldout + n_calibration :])

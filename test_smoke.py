@@ -532,6 +532,13 @@ def test_each_term_of_the_loss_equals_its_formula(quick):
     assert along.abs().max() < 1e-6, "a decoder row's length is no direction to go"
 
 
+def test_a_loss_of_another_shape_is_refused(quick, monkeypatch):
+    monkeypatch.setitem(experiment.PAIR_LOSSES, "sqdiff", lambda codes, doc, window: codes.mean(2))
+    trainer, *batch = a_trainer(quick, temp_loss="sqdiff")
+    with pytest.raises(ValueError, match="--temp_loss sqdiff gives a tensor of shape"):
+        trainer.step(*batch, 7)
+
+
 def test_gradients_are_clipped(quick):
     trainer, *batch = a_trainer(quick, grad_clip=1e-3)
     assert trainer.step(*batch, 7)["grad_norm"] > 1e-2
@@ -1021,6 +1028,21 @@ def test_the_scored_weights_are_the_trained_weights(base, work):
     assert tree_hash(base) == before, "--out must not touch the run"
     again = work / "scored_again" / "final_info.json"
     assert again.read_bytes() == (base / "final_info.json").read_bytes()
+
+
+def test_a_saved_sae_is_as_readable_as_its_record(base):
+    modes = {path.name: path.stat().st_mode for path in (base / "seed_0").iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {(base / "config.json").stat().st_mode}
+
+
+def test_an_sae_without_a_run_knows_its_layer(base, work, tiny, capsys):
+    words = ["--model", str(tiny["model"]), "--dataset", str(tiny["dataset"])]
+    words += ["--context_size", "32", "--eval_rows", "96", "--reconstruction_rows", "1"]
+    for layer, out, answer in (((), "there", ""), (("--layer", "0"), "elsewhere", "the run says 1")):
+        found = [str(base / "seed_0"), *words, *layer, "--out", str(work / "layers" / out)]
+        assert evaluate.main(found) == 0
+        printed = capsys.readouterr().err
+        assert answer in printed and ("scored with layer" in printed) == bool(answer)
 
 
 def test_what_is_saved_is_proven_to_be_what_was_trained(work, quick):
@@ -2169,7 +2191,7 @@ BAD_DATA = {
     "no tokenizer": ({"model": "{bad}/no_tokenizer"}, "tokenizer"),
     "tokenizer without BOS": ({"model": "{bad}/no_specials"}, "BOS"),
     "embedding too small": ({"model": "{bad}/small_embedding"}, "beyond the 300 of the model"),
-    "text too short": ({"dataset": "{bad}/short.txt"}, "too small"),
+    "text too short": ({"dataset": "{bad}/short.txt"}, "held-out rows (--eval_rows)"),
     "text all special": ({"dataset": "{bad}/special.txt"}, "--dataset"),
     "one document a line": ({"dataset": "{bad}/line_each.txt"}, "blank line parts documents"),
     "lines broken": ({"dataset": "{bad}/broken.jsonl"}, "broken.jsonl cannot be read"),
@@ -2296,11 +2318,12 @@ def test_damaged_runs_are_refused_and_no_score_is_lost(work, base, damage, capsy
 
 BAD_SCORING = {  # words after the run, part of the answer
     "unknown flag": ("--fast", "--fast"),
-    "too many rows for CE": ("--reconstruction_rows 96", "96"),
-    "model gone": ("--model /gone", "/gone"),
-    "layer out of range": ("--layer 9", "--layer 9"),
+    "too many rows for CE": ("--reconstruction_rows 96 --out {bad}/scores", "96"),
+    "model gone": ("--model /gone --out {bad}/scores", "/gone"),
+    "layer out of range": ("--layer 9 --out {bad}/scores", "--layer 9"),
     "comparing what was not scored": ("{bad}/folder", "final_info.json"),
     "options while comparing": ("{bad}/folder --layer 1", "one run"),
+    "over its own scores": ("--reconstruction_rows 2", "give --out FOLDER"),
 }
 
 
