@@ -56,7 +56,7 @@ labels = {  # run directory under runs/study -> label, in the order drawn
 # The runs of the study in the two top-level pictures, in those of latents, and in consistency.png.
 LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
 PAIR = ("run_0", "run_6")
-TRIO = ("run_0", "tsae_tuned", "run_6")
+TRIO = ("run_0", "tsae_released", "run_6")
 LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
     "window_mean": ("window mean (ours)", "#D55E00", "D", "-"),
     "selective": ("selective", "#117733", ">", (0, (3, 1))),
