@@ -1056,6 +1056,24 @@ def test_what_is_saved_is_proven_to_be_what_was_trained(work, quick):
         experiment.prove_saved(sae, work / "proven")
 
 
+@pytest.mark.parametrize("times, fine", [(1, True), (2, False)])
+def test_a_code_on_the_threshold_may_be_on_or_off(work, quick, times, fine):
+    cfg = config(quick)
+    sae = experiment.SAE(cfg, D_IN).requires_grad_(False)
+    sae.initialise("xavier", torch.zeros(D_IN), 0)
+    sae.threshold.fill_(0.5)
+    folder = work / f"edge_{times}"
+    experiment.save_sae(sae, folder, cfg, torch.randn(8, D_IN))
+    found = load_file(folder / "reference.safetensors")
+    token, latent = (found["acts"] == 0).nonzero()[0].tolist()
+    found["acts"][token, latent] = 0.5 * times
+    found["x_hat"] = sae.decode(found["acts"], found["x"])
+    save_file(found, folder / "reference.safetensors")
+    outcome = contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match="trained one")
+    with outcome:
+        experiment.prove_saved(sae, folder)
+
+
 @pytest.fixture(scope="session")
 def seeds(run, tiny):
     """The base run's command with two seeds."""
