@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -2343,8 +2344,9 @@ def read_settings(folder, changes):
             f"{folder} holds neither a run (config.json) nor an SAE (sae_weights.safetensors)")
     elif (folder / "cfg.json").is_file():
         origin = prepare.read_json(folder / "cfg.json").get("metadata") or {}
-        if str(origin.get("hook_name")).endswith("hook_resid_post"):
-            own = {"layer": origin.get("hook_layer")}
+        hooked = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(origin.get("hook_name")))
+        if hooked:  # hook_layer, beside it, is missing from newer files of SAELens
+            own = {"layer": int(hooked[1])}
     cfg = DEFAULTS | own | changes
     if not cfg["acts"] and (cfg.get("model") is None or cfg.get("layer") is None):
         raise ValueError(

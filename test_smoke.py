@@ -1038,8 +1038,12 @@ def test_a_saved_sae_is_as_readable_as_its_record(base):
 def test_an_sae_without_a_run_knows_its_layer(base, work, tiny, capsys):
     words = ["--model", str(tiny["model"]), "--dataset", str(tiny["dataset"])]
     words += ["--context_size", "32", "--eval_rows", "96", "--reconstruction_rows", "1"]
+    folder = shutil.copytree(base / "seed_0", work / "without_a_run")
+    spec = read(folder / "cfg.json")
+    del spec["metadata"]["hook_layer"]  # as SAELens writes it today
+    write(folder / "cfg.json", json.dumps(spec))
     for layer, out, answer in (((), "there", ""), (("--layer", "0"), "elsewhere", "the run says 1")):
-        found = [str(base / "seed_0"), *words, *layer, "--out", str(work / "layers" / out)]
+        found = [str(folder), *words, *layer, "--out", str(work / "layers" / out)]
         assert evaluate.main(found) == 0
         printed = capsys.readouterr().err
         assert answer in printed and ("scored with layer" in printed) == bool(answer)
