@@ -86,7 +86,7 @@ def batch_of(x):
     power = float(x.square().sum(1).mean())
     scale = math.sqrt(x.shape[1] / power)
     variance = (power - float(mean.square().sum())) * scale**2
-    return x * scale, experiment.Stats(mean * scale, scale, variance, math.inf)
+    return x * scale, experiment.Stats(mean * scale, scale, variance)
 
 
 class OurStep:
@@ -420,7 +420,7 @@ class Acceptance:
                        matmul_dtype="float32", grad_clip=1e-3)
         trainer = step.trainer
         if dense:
-            trainer.encode = experiment.encode_dense
+            trainer.encode_batch = experiment.encode_dense
         trainer.dead = torch.arange(5, 128, 9, device=x.device)
         step()
         grads = [p.grad for p in trainer.parameters if p.grad is not None]

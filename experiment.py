@@ -6,8 +6,12 @@
 
 This file is the science of one run and is meant to be edited. It is read from top to bottom: Config,
 SAE, temporal consistency, training step, harvest by hooks, training loop, run directory, main. The
-last section is a faster training step for CPUs that gives the same codes up to rounding; skip it
+last section is a faster encoder and decoder for CPUs, with the same codes up to rounding; skip it
 on first reading.
+
+The temporal target: from one token's activation, a leading share of the latents is also to predict
+the mean activation of the tokens around it. So what lasts gathers there.
+
 prepare.py turns names into text and models. evaluate.py judges the result; do not change it between
 runs that you compare.
 
@@ -52,12 +56,17 @@ from prepare import say
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # a run saves the code that ran
 RUNS = Path(__file__).resolve().parent / "runs"
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun: which process this is,
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+# Set by torchrun: which process this is, and of how many.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # ------------------------------------------------------------------------------------------------
 # 1. Config: every field is a flag (--temp_alpha and --temp-alpha are the same; bools have --no-x)
 # ------------------------------------------------------------------------------------------------
+
+# Each --sparsity and what SAELens calls it. At inference batchtopk is a fixed threshold, so it is
+# saved as jumprelu. Another sparsity: a name here, a branch of SAE.encode and of encode_dense.
+ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
 
 
 def flag(default, help, choices=None, least=None, above=None):
@@ -85,17 +94,20 @@ class Config:
     text_field: str = flag("text", "column that holds the text; a.b reads a nested one")
     encoding: str = flag("utf-8", "of local text files")
     acts: str = flag("", "your own activations (N,T,d_in), .npy or .safetensors, instead of an LM")
-    acts_mask: str = flag("", ".npy (N,T) for --acts: 0 leaves a token out, else its document")
+    acts_mask: str = flag("", ".npy (N,T) for --acts: the number of each token's document, 0 to "
+                          "leave it out")
     context_size: int = flag(128, "tokens a row, BOS included", least=2)
     harvest_tokens: int = flag(524_288, "distinct training tokens", least=1)
     eval_rows: int = flag(464, "held-out rows, of documents that are never trained on", least=1)
-    reconstruction_rows: int = flag(64, "of those, so many are for CE and KL (0: neither)", least=0)
+    reconstruction_rows: int = flag(64, "of those, rows that are kept for CE and KL; 0 leaves both "
+                                    "out", least=0)
     cache_gb: float = flag(20.0, "most disk for activations; a larger harvest is trained on in "
                            "parts, each harvested, passed over once and deleted", above=0)
-    cache_dir: str = flag("", "tokens, activations, embedded models; ~/.cache/temporal-sae if empty")
+    cache_dir: str = flag("", "for tokens, activations and embedded models; if empty, "
+                          "$TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae")
     # -- sparse autoencoder
     d_sae: int = flag(2304, "latents", least=1)
-    sparsity: str = flag("batchtopk", "what keeps codes sparse", ("batchtopk", "topk", "l1"))
+    sparsity: str = flag("batchtopk", "what keeps codes sparse", tuple(ARCHITECTURES))
     k: int = flag(32, "active latents a token (topk), or on average (batchtopk)", least=1)
     l1_alpha: float = flag(0.01, "weight of the L1 term with --sparsity l1", least=0)
     nonlinearity: str = flag("relu", "of the encoder", ("relu", "gelu"))
@@ -107,24 +119,26 @@ class Config:
                           "sqdiff, variance, autocorr, selective; see section 3")
     temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart belong to one sliding window; "
-                       "1 is the baseline", least=1)
+                       "1 is the baseline (infonce takes neighbours at any window)", least=1)
     temporal_fraction: float = flag(0.05, "share of the dictionary (its leading latents) that the "
                                     "temporal loss binds", above=0)
-    temperature: float = flag(1.0, "infonce: of the softmax, in raw units", above=0)
+    temperature: float = flag(1.0, "of InfoNCE's softmax; infonce_dot: of inner products in raw "
+                              "units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
-    control: str = flag("none", "window_mean: take the target from another document, or shuffle "
+    control: str = flag("none", "window_mean: take the target from another chunk, or shuffle "
                         "the tokens of each document first", ("none", "other_docs", "permuted"))
     # -- training
-    train_tokens: int = flag(3_000_000, "token visits; the harvest is reused", least=1)
+    train_tokens: int = flag(3_000_000, "tokens trained on in all; the harvest is passed over again "
+                             "and again", least=1)
     batch_size: int = flag(4096, "tokens a step, over all processes", least=1)
     chunk_size: int = flag(32, "neighbouring tokens that stay together in the shuffle", least=1)
     lr: float = flag(6e-3, "Adam's peak learning rate", above=0)
     schedule: str = flag("cosine", "after warm-up: cosine to a tenth, or constant",
                          ("cosine", "constant"))
     warmup_steps: int = flag(50, "linear warm-up of the learning rate", least=0)
-    grad_clip: float = flag(0.003, "largest gradient norm; so small, it binds at every step, and "
-                            "large first gradients do not fill Adam's memory; 0 is off", least=0)
+    grad_clip: float = flag(0.003, "largest gradient norm; so small that it binds at every step, so "
+                            "the large first ones do not stay in Adam's averages; 0 is off", least=0)
     auxk_alpha: float = flag(1 / 32, "weight of AuxK, which revives dead latents (Gao et al. 2024); "
                              "0 is off", least=0)
     dead_tokens: int = flag(100_000, "tokens without firing after which a latent is dead", least=1)
@@ -155,7 +169,7 @@ class Config:
 
     @property
     def temporal(self):
-        """Whether this run has a temporal loss; if not, it is the baseline bit for bit."""
+        """Whether there is a temporal loss. Without one its settings change nothing."""
         return self.temp_alpha > 0 and self.window > 1
 
 
@@ -164,36 +178,36 @@ def check(cfg):
     for f in fields(cfg):
         check_value(f.name, getattr(cfg, f.name), **f.metadata)
     n_chunks = cfg.batch_size // cfg.chunk_size
-    refuse = {
-        f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}":
-            cfg.temp_loss not in TEMP_LOSSES,
-        f"ARCHITECTURES has no name under which --sparsity {cfg.sparsity} is saved":
-            cfg.sparsity not in ARCHITECTURES,
-        f"--out_dir {cfg.out_dir} does not name a directory of its own":
-            Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),
-        f"--seed {cfg.seed} is too large: it must fit 63 bits": cfg.seed + cfg.n_seeds > 2**63,
-        f"--temporal_fraction {cfg.temporal_fraction} is above 1": cfg.temporal_fraction > 1,
-        f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}":
-            cfg.window > cfg.chunk_size,
-        f"--chunk_size {cfg.chunk_size} does not divide --context_size {cfg.context_size}":
-            not cfg.acts and cfg.context_size % cfg.chunk_size > 0,
-        f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}":
-            cfg.batch_size % cfg.chunk_size > 0,
-        f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes":
-            n_chunks % WORLD > 0,
-        f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}":
-            cfg.k > cfg.d_sae and cfg.sparsity != "l1",
-        "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero":
-            cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
-        f"--control {cfg.control} needs --temp_loss window_mean":
-            cfg.control != "none" and cfg.temp_loss != "window_mean",
-        f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
-        f"{cfg.eval_rows} for the other metrics":
-            not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
-        "--acts_mask is for --acts": bool(cfg.acts_mask) and not cfg.acts,
-        "--resume and --overwrite exclude each other": cfg.resume and cfg.overwrite,
-    }
-    for sentence, wrong in refuse.items():
+    refuse = [  # (whether it is wrong, what is wrong)
+        (cfg.temp_loss not in TEMP_LOSSES,
+         f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}"),
+        (Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),  # study: train.py's
+         f"--out_dir {cfg.out_dir} does not name a directory of its own"),
+        (cfg.seed + cfg.n_seeds > 2**63,
+         f"--seed {cfg.seed} is too large: it must fit 63 bits"),
+        (cfg.temporal_fraction > 1,
+         f"--temporal_fraction {cfg.temporal_fraction} is above 1"),
+        (cfg.temporal and cfg.window > cfg.chunk_size,
+         f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}"),
+        (not cfg.acts and cfg.context_size % cfg.chunk_size > 0,
+         f"--chunk_size {cfg.chunk_size} does not divide --context_size {cfg.context_size}"),
+        (cfg.batch_size % cfg.chunk_size > 0,
+         f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}"),
+        (n_chunks % WORLD > 0,
+         f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes"),
+        (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
+         f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
+        (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
+         "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero"),
+        (cfg.control != "none" and cfg.temp_loss != "window_mean",
+         f"--control {cfg.control} needs --temp_loss window_mean"),
+        (not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
+         f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
+         f"{cfg.eval_rows} for the other metrics"),
+        (cfg.acts_mask and not cfg.acts, "--acts_mask is for --acts"),
+        (cfg.resume and cfg.overwrite, "--resume and --overwrite exclude each other"),
+    ]
+    for wrong, sentence in refuse:
         if wrong:
             raise ValueError(sentence)
     try:
@@ -221,15 +235,10 @@ def check_value(name, value, help, choices, least, above):
 # ------------------------------------------------------------------------------------------------
 
 
-# What SAELens calls an SAE of each --sparsity. At inference batchtopk is a fixed threshold, so it is
-# saved as jumprelu.
-ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
-
-
 class SAE(torch.nn.Module):
     """A sparse autoencoder that encodes one token at a time.
 
-        acts  = select(relu((x - b_dec) @ W_enc + b_enc))
+        acts  = keep(relu((x - b_dec) @ W_enc + b_enc))
         x_hat = acts @ W_dec + b_dec
 
     W_enc (d_in, d_sae), W_dec (d_sae, d_in) with rows of unit norm, b_enc (d_sae,), b_dec (d_in,).
@@ -248,7 +257,7 @@ class SAE(torch.nn.Module):
         self.b_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))  # 1 in training; fold_scale sets it
 
     @torch.no_grad()
     def initialise(self, init, mean, seed):
@@ -277,13 +286,14 @@ class SAE(torch.nn.Module):
         W, bias = self.W_enc.t(), self.b_enc
         if latents is not None:
             W, bias = W[latents], bias[latents]
-        # b_dec's gradient comes through a bias term whose value is 0: through x - b_dec it would
-        # cost one more dense product.
+        # b_dec's gradient comes by way of the bias: through x - b_dec it would cost one more dense
+        # product.
         b_dec = self.b_dec.detach()
-        return F.linear(x - b_dec, W, bias + (b_dec - self.b_dec) @ W.detach().t())
+        zero = b_dec - self.b_dec
+        return F.linear(x - b_dec, W, bias + zero @ W.detach().t())
 
     def activate(self, pre):
-        """The nonlinearity. gelu is not homogeneous: it is taken at the scale of training."""
+        """The nonlinearity. gelu(s z) is not s gelu(z), so it stays at the scale of training."""
         if self.nonlinearity == "relu":
             return torch.relu(pre)
         return F.gelu(pre * self.scale) / self.scale
@@ -328,13 +338,11 @@ def keep_top(acts, pre, k):
 # 3. Temporal consistency: what lasts goes into the leading latents
 #
 # x and codes come as N chunks of T neighbouring tokens. doc (N, T) is the document of each token,
-# 0 where there is no ordinary token. Nothing here ever joins two documents.
+# 0 where there is no ordinary token (BOS, padding, an attention sink). Nothing here ever joins two
+# documents.
 # ------------------------------------------------------------------------------------------------
 
 MIN_OTHERS = 4  # a window mean of fewer tokens is mostly noise
-# The chunks of a batch are shuffled, so the first 1/N of them is a fair sample at 1/N of the cost.
-MEAN_SHARE = 2  # N of the window mean
-PAIR_SHARE = 4  # N of the losses on pairs of tokens
 
 
 def same_document(doc, lag):
@@ -370,15 +378,12 @@ def window_mean_target(x, doc, cfg, step):
     """
     if cfg.control == "permuted":
         order = shuffle_within_documents(doc, step)
-        x = x.gather(1, order[..., None].expand_as(x))
-    target, enough = window_mean(x, doc, cfg.window)
-    if cfg.control == "permuted":
+        target, enough = window_mean(x.take_along_dim(order[..., None], 1), doc, cfg.window)
         back = order.argsort(1)  # undoes the shuffle
-        target = target.gather(1, back[..., None].expand_as(x))
-        enough = enough.gather(1, back)
+        return target.take_along_dim(back[..., None], 1), enough.take_along_dim(back, 1)
+    target, enough = window_mean(x, doc, cfg.window)
     if cfg.control == "other_docs":
-        enough = enough & enough.roll(1, 0)
-        target = target.roll(1, 0)
+        return target.roll(1, 0), enough & enough.roll(1, 0)
     return target, enough
 
 
@@ -389,7 +394,7 @@ def shuffle_within_documents(doc, step):
     first = torch.ones_like(doc)
     first[:, 1:] = doc[:, 1:] != doc[:, :-1]
     stretch = first.cumsum(1)  # numbers the stretches of one document
-    return (stretch + 0.99 * noise).argsort(1)
+    return (stretch + 0.99 * noise).argsort(1)  # .99: below 1 after rounding too
 
 
 def window_mean_loss(guess, target, enough, b_dec):
@@ -410,6 +415,11 @@ class PairMoments(NamedTuple):
     difference: torch.Tensor  # E (a - b)^2
     power: torch.Tensor  # E (a^2 + b^2)
     total: torch.Tensor  # E (a + b)
+
+    @property
+    def spread(self):
+        """2 Var z. The correlation rho of z at the two tokens of a pair is 1 - difference / spread."""
+        return self.power - self.total.square() / 2
 
 
 def pair_moments(codes, doc, window):
@@ -438,18 +448,19 @@ def sqdiff_loss(codes, doc, window):
 def variance_loss(codes, doc, window):
     """sum_i E[variance of z_i among tokens of a window] / sum_i E[z_i^2]: blind to scale.
 
-    The variance of w values is (w - 1) / w times half the mean squared difference of pairs of
-    them. Here the mean is over all pairs less than `window` apart, near and far ones alike.
+    The variance of w values is (w - 1) / w times half the mean squared difference of their pairs.
+    Here every pair of tokens less than `window` apart counts once.
 
     >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 1 / 5
     tensor(0.2000)
     """
     m = pair_moments(codes, doc, window)
+    # power is 2 E z^2: the two halves cancel
     return (window - 1) / window * m.difference.sum() / m.power.sum().clamp(min=1e-8)
 
 
 def autocorr_loss(codes, doc, window):
-    """sum_i w_i (1 - rho_i), w_i the latent's share of the variance of all codes.
+    """sum_i v_i (1 - rho_i), v_i the latent's share of the variance of all codes.
 
     The gradient treats the variance as a constant; otherwise the loss would fall just by growing it.
 
@@ -457,8 +468,7 @@ def autocorr_loss(codes, doc, window):
     tensor(2.)
     """
     m = pair_moments(codes, doc, window)
-    spread = m.power - m.total.square() / 2
-    return m.difference.sum() / spread.detach().sum().clamp(min=1e-8)
+    return m.difference.sum() / m.spread.detach().sum().clamp(min=1e-8)
 
 
 def selective_loss(codes, doc, window):
@@ -471,8 +481,7 @@ def selective_loss(codes, doc, window):
     tensor(0.2222)
     """
     m = pair_moments(codes, doc, window)
-    spread = (m.power - m.total.square() / 2).clamp(min=1e-8)
-    flicker = m.difference / spread  # 1 - rho
+    flicker = m.difference / m.spread.clamp(min=1e-8)  # 1 - rho
     weight = (1 - flicker.detach()).clamp(0, 1)
     return (weight * flicker).mean()
 
@@ -488,21 +497,22 @@ def infonce_loss(codes, doc, temperature, cosine=True):
     tensor(0.3133)
     """
     ok = same_document(doc, 1)[:, ::4].flatten()
-    a = codes[:, :-1][:, ::4].flatten(0, 1)
-    b = codes[:, 1:][:, ::4].flatten(0, 1)
-    owner = doc[:, :-1][:, ::4].flatten()
+    a = codes[:, :-1:4].flatten(0, 1)
+    b = codes[:, 1::4].flatten(0, 1)
+    owner = doc[:, :-1:4].flatten()
     if cosine:
         a = F.normalize(a, dim=1, eps=1e-6)
         b = F.normalize(b, dim=1, eps=1e-6)
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
-    allowed = ok[:, None] & ok & ((owner[:, None] != owner) | own)
+    others = ok[:, None] & ok & (owner[:, None] != owner)
     with torch.autocast(a.device.type, enabled=False):  # bfloat16 is too coarse for a logit of 50
         logits = a @ b.t() / temperature
-    logits = logits.masked_fill(~(allowed | own), -torch.inf)
+    logits = logits.masked_fill(~(own | others), -torch.inf)
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
     return -(log_p * ok).sum() / 2 / ok.sum().clamp(min=1)
 
 
+# name: loss(codes (N, T, F), doc (N, T), window) -> one number. A new one needs nothing else.
 PAIR_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss,
                "selective": selective_loss}
 TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
@@ -512,16 +522,18 @@ TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
 # 4. The training step
 # ------------------------------------------------------------------------------------------------
 
-DEAD_EVERY = 20  # steps between looks at which latents are dead: on a GPU a look waits for it
+DEAD_EVERY = 20  # steps between looks at which latents are dead; the host waits for a GPU's answer
+# The chunks of a batch are shuffled, so the first of them are a fair sample at a part of the cost:
+MEAN_SHARE = 2  # the window mean sees the first half,
+PAIR_SHARE = 4  # the losses on pairs of tokens the first quarter
 
 
 class Stats(NamedTuple):
     """What the calibration rows say of the activations. x is multiplied by `scale` in training."""
 
     mean: torch.Tensor  # (d_in,), of scale * x
-    scale: float  # makes E|scale * x|^2 = d_in
+    scale: float  # makes E|scale * x|^2 = d_in; 1 with layernorm, whose x is normalised
     variance: float  # E|scale * x - mean|^2
-    sink_norm: float  # tokens whose |x| is above this are left out: attention sinks
 
 
 class DenseCodes:
@@ -571,7 +583,7 @@ def encode_dense(sae, x, ok, n_valid):
         rows = rows.masked_fill(~ok[:, None], -torch.inf)
         keep = min(max(1, sae.k * n_valid), rows.numel())
         threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
-        sae.threshold.copy_(threshold)
+        sae.threshold.copy_(threshold)  # fit_threshold and section 9 begin with the last one
         least = torch.where(ok, threshold, torch.inf)  # a token that is left out gets no codes
     return DenseCodes(sae.activate(pre) * (pre >= least[:, None]))
 
@@ -592,15 +604,16 @@ class Trainer:
         self.silent_tokens = torch.zeros(cfg.d_sae, device=device)  # since a latent last fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices of dead latents
         self.matmul_dtype = prepare.pick_dtype(cfg.matmul_dtype, str(device))
-        # On a CPU: section 9, the same codes up to rounding, faster.
+        # On a CPU section 9: the same codes up to rounding, faster.
         sparse = self.device.type == "cpu" and cfg.sparsity in ("topk", "batchtopk")
-        self.encode = encode_sparse if sparse else encode_dense
+        self.encode_batch = encode_sparse if sparse else encode_dense
 
     def step(self, x, doc, n_valid, step, log=False):
         """One optimiser step: forward, losses, backward, update.
 
         x (B, d_in) scaled activations, doc (N, T) the document of each of the B = N*T tokens,
-        n_valid: how many of them are ordinary (doc > 0). Returns the terms as 0-dim tensors.
+        n_valid: how many of them are ordinary (doc > 0), given because counting on a GPU would
+        make the host wait. Returns the terms as 0-dim tensors.
         If a loss or gradient is not finite, raises FloatingPointError before the update. On a GPU
         an unlogged step does not wait to find out and does not raise: fused Adam skips the update.
         """
@@ -612,7 +625,7 @@ class Trainer:
 
         bfloat16 = self.matmul_dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            codes = self.encode(sae, x, ok, n_valid)
+            codes = self.encode_batch(sae, x, ok, n_valid)
             x_hat = codes.decode(sae.W_dec) + sae.b_dec
             residual = x - x_hat
             # As shares of the variance, weights mean the same for any model and layer.
@@ -643,7 +656,8 @@ class Trainer:
             if WORLD > 1:
                 average_gradients(self.parameters, fired)
             terms["grad_norm"] = self.update(loss, step, log)
-            self.silent_tokens += cfg.batch_size  # the same in all processes
+            # The batch of all processes, so that all agree on what is dead.
+            self.silent_tokens += cfg.batch_size
             self.silent_tokens.masked_fill_(fired > 0, 0)
             if step % DEAD_EVERY == 0:
                 self.dead = (self.silent_tokens > cfg.dead_tokens).nonzero()[:, 0]
@@ -668,8 +682,10 @@ class Trainer:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.leading(cfg.n_lead, doc.numel()).dense().float()
             return PAIR_LOSSES[cfg.temp_loss](z.view(*doc.shape, -1), doc, cfg.window)
-        # InfoNCE's weight and temperature are in raw units, as in the paper and its code. There it
-        # is added to |x - x_hat|^2; here that is divided by the raw variance, so this is too.
+        if cfg.temp_loss not in ("infonce", "infonce_dot"):
+            raise ValueError(f"Trainer.temporal_loss has no branch for --temp_loss {cfg.temp_loss}")
+        # Codes in raw units, so that weight and temperature mean what they do in the paper. As the
+        # reconstruction error is divided by the raw variance, so is this.
         z = codes.leading(cfg.n_lead).dense().float() / self.stats.scale
         raw_variance = self.stats.variance / self.stats.scale**2
         cosine = cfg.temp_loss == "infonce"
@@ -679,8 +695,8 @@ class Trainer:
     def auxk_loss(self, x, residual, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
 
-        On a quarter of the batch, whose chunks are shuffled: it is dense and would otherwise cost
-        more than the rest of the step.
+        On the first quarter of the batch, a fair sample as above: a dense product on all of it would
+        cost more than the rest of the step. At most d_in / 2 latents a token, as in the paper.
         """
         sae, dead, n = self.sae, self.dead, len(x) // 4
         acts = torch.relu(sae.pre_activations(x[:n], dead))
@@ -726,7 +742,7 @@ class Trainer:
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then a cosine down to a tenth, or constant."""
+    """A cosine down to a tenth, or constant, times a linear warm-up."""
     warm_up = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     if cfg.schedule == "constant":
         return cfg.lr * warm_up
@@ -734,12 +750,12 @@ def learning_rate(cfg, step):
 
 
 def average_gradients(parameters, fired):
-    """Average the gradients and sum the firing counts (d_sae,) over all processes, in place."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    message = torch.cat([t.flatten() for t in [*grads, fired * WORLD]])
+    """Average the gradients and `fired` (d_sae,), of which only > 0 counts, over all processes."""
+    tensors = [p.grad for p in parameters if p.grad is not None] + [fired]
+    message = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(message)
     message /= WORLD
-    for tensor, part in zip([*grads, fired], message.split([t.numel() for t in [*grads, fired]])):
+    for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -748,7 +764,7 @@ def average_gradients(parameters, fired):
 # ------------------------------------------------------------------------------------------------
 
 SHARD_ROWS = 64  # rows a file: 9 MB at 128 tokens of 576 bfloat16 numbers
-FORWARD_ROWS = {"cpu": 8, "cuda": 64}  # rows a forward pass; part of what a cache entry is
+FORWARD_ROWS = {"cpu": 8, "cuda": 64}  # rows a forward pass: they decide the rounding
 
 
 class StopForward(Exception):
@@ -812,7 +828,7 @@ class Harvest:
         self.cfg, self.device = cfg, torch.device(prepare.pick_device(cfg.device))
         self.part_number, self.part, self.part_folder = None, None, None
         self.prefetch = self.device.type == "cuda"  # a CPU has no time to spare during a step
-        self.sink_norm = None
+        self.sink_norm = None  # set by the calibration rows, the first that mask_sinks sees
         if cfg.acts:
             self.own = prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
             self.identity = self.own.identity
@@ -831,11 +847,13 @@ class Harvest:
             self.n_parts = math.ceil(self.n_rows * row_bytes / (cfg.cache_gb * 1e9))
             self.calibration = self.harvested_rows(self.inputs.calibration, "calibration")
         self.n_rows //= self.n_parts  # of one part
-        self.row_chunks = self.calibration.doc.shape[1] // cfg.chunk_size
-        if self.calibration.doc.shape[1] % cfg.chunk_size:
+        row_tokens = self.calibration.doc.shape[1]
+        if row_tokens % cfg.chunk_size:
             raise ValueError(f"--chunk_size {cfg.chunk_size} does not divide rows of "
-                             f"{self.calibration.doc.shape[1]} tokens")
-        if self.n_rows * self.row_chunks * cfg.chunk_size < cfg.batch_size:
+                             f"{row_tokens} tokens")
+        self.n_chunks = self.n_rows * row_tokens // cfg.chunk_size  # of one part
+        self.batch_chunks = cfg.batch_size // cfg.chunk_size
+        if self.n_chunks < self.batch_chunks:
             raise ValueError(f"{self.n_rows} training rows are less than one --batch_size "
                              f"{cfg.batch_size}: use a smaller batch, more text or a larger "
                              "--cache_gb")
@@ -906,24 +924,21 @@ class Harvest:
     def batch(self, seed, step):
         """-> x (B, d_in) float32 scaled, doc (N, T), number of ordinary tokens: this process's share.
 
-        Chunks of neighbouring tokens are shuffled, not tokens: windows stay whole while a batch
-        mixes many documents.
+        N chunks of T = chunk_size neighbouring tokens are shuffled, not tokens: windows stay whole
+        while a batch mixes many documents.
         """
-        cfg = self.cfg
-        per_step = cfg.batch_size // cfg.chunk_size
         epoch, place = self.epoch_and_place(step)
         self.load_part(epoch % self.n_parts)
-        order = chunk_order(seed, epoch, self.n_rows * self.row_chunks)
-        ids = order[place * per_step : (place + 1) * per_step][RANK::WORLD]
-        doc = self.part.doc.reshape(-1, cfg.chunk_size)[ids]
-        x = to_device(self.part.chunks(ids, cfg.chunk_size).flatten(0, 1), self.device)
+        order = chunk_order(seed, epoch, self.n_chunks)
+        ids = order[place * self.batch_chunks :][: self.batch_chunks][RANK::WORLD]
+        doc = self.part.doc.reshape(-1, self.cfg.chunk_size)[ids]
+        x = to_device(self.part.chunks(ids, self.cfg.chunk_size).flatten(0, 1), self.device)
         n_valid = int((doc > 0).sum())
         return x.float() * self.stats.scale, to_device(torch.from_numpy(doc), self.device), n_valid
 
     def epoch_and_place(self, step):
         """Which pass over a part this step belongs to, and its place in that pass."""
-        per_step = self.cfg.batch_size // self.cfg.chunk_size
-        return divmod(step, self.n_rows * self.row_chunks // per_step)
+        return divmod(step, self.n_chunks // self.batch_chunks)
 
     def batches(self, seed, steps):
         """Yield (step, batch) for a range of steps. A GPU gets the next one prepared meanwhile."""
@@ -931,7 +946,7 @@ class Harvest:
             ahead = None
             for step in steps:
                 batch = ahead.result() if ahead else self.batch(seed, step)
-                # Never across a pass: the next part would replace the one in use.
+                # Not across a pass: load_part would replace the part in use.
                 same_pass = self.epoch_and_place(step + 1)[1] > 0
                 ahead = None
                 if self.prefetch and same_pass and step + 1 in steps:
@@ -956,7 +971,7 @@ class Harvest:
         if not variance > 1e-9 * power:
             raise ValueError("the activations have no variance: there is nothing to explain")
         scale = 1.0 if self.cfg.layernorm else math.sqrt(x.shape[1] / power)
-        return Stats((mean * scale).float(), scale, variance * scale**2, self.sink_norm)
+        return Stats((mean * scale).float(), scale, variance * scale**2)
 
 
 @functools.lru_cache(2)
@@ -1036,7 +1051,7 @@ def on_device(part, device):
     if device.type != "cuda":
         return part
     size = sum(file.numel() * file.element_size() for file in part.files)
-    if size > torch.cuda.mem_get_info(device)[0] / 2:
+    if 2 * size > torch.cuda.mem_get_info(device)[0]:  # the cat below holds it twice
         return part
     whole = torch.cat([file.to(device) for file in part.files])
     return Activations([whole], part.doc, part.order, len(whole))
@@ -1048,12 +1063,15 @@ def on_device(part, device):
 
 
 def train(cfg, seed, harvest, stop):
-    """Train one SAE; checkpoints and log.jsonl go to the run directory. -> the SAE, for raw x."""
+    """Train one SAE; checkpoints and log.jsonl go to the run directory. -> the SAE, for raw x.
+
+    stop: the run's Stop, which knows of signals; see below.
+    """
     d_in = harvest.calibration.files[0].shape[-1]
     trainer = Trainer(cfg, d_in, harvest.stats, seed, harvest.device)
     first = restore(cfg.run_dir, trainer, seed)
     log_path = cfg.run_dir / "log.jsonl" if RANK == 0 else os.devnull
-    harvest.batch(seed, min(first, cfg.steps - 1))  # a harvest comes before the clock starts
+    harvest.batch(seed, min(first, cfg.steps - 1))  # loads the first part before the clock starts
     steps = range(first, cfg.steps)
     bar = tqdm(initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step",
                mininterval=1, disable=RANK > 0)
@@ -1091,7 +1109,7 @@ def train(cfg, seed, harvest, stop):
 def fit_threshold(sae, harvest):
     """Set the inference threshold so that the calibration rows have k active latents a token.
 
-    They were never trained on: on training rows L0 of new text comes out a percent too high.
+    Fitted on training rows, it would give new text an L0 one percent too high.
     """
     x = harvest.calibration_tokens().to(harvest.device) * harvest.stats.scale
     if sae.layernorm:
@@ -1099,7 +1117,8 @@ def fit_threshold(sae, harvest):
     candidates = []
     for block in x.split(4096):
         pre = sae.pre_activations(block)
-        candidates.append(pre[pre > 0.5 * sae.threshold])  # far below is never needed
+        # sae.threshold is still that of the last step; far below it is never needed.
+        candidates.append(pre[pre > 0.5 * sae.threshold])
     candidates = torch.cat(candidates)
     keep = min(sae.k * len(x), len(candidates))
     sae.threshold.copy_(candidates.topk(keep).values[-1] if keep else 0.0)
@@ -1137,17 +1156,34 @@ def cut_log(path, seed, first):
     """Drop what log.jsonl holds of this seed from step `first` on; a kill may tear the last line."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     kept = []
-    for line in lines:
-        entry = json.loads(line)
-        if entry["seed"] != seed or entry["step"] < first:
+    for line in path.read_text().splitlines(keepends=True):
+        entry = json.loads(line) if line.endswith("}\n") else None
+        if entry and (entry["seed"] != seed or entry["step"] < first):
             kept.append(line)
     prepare.write_whole(path, lambda part: part.write_text("".join(kept)))
 
 
+@contextlib.contextmanager
+def memory_kept():
+    """While open, glibc keeps freed memory: asking the system again takes a tenth of a step."""
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+
+
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM (its number is the argument) arrived; what was under way has been saved."""
+    """SIGINT or SIGTERM arrived; the argument is its number."""
 
 
 class Stop:
@@ -1172,7 +1208,7 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        """The signal handler. Under torchrun Ctrl-C comes as SIGINT and as SIGTERM: that is once."""
+        """The handler. Under torchrun Ctrl-C comes as SIGINT and SIGTERM: the second is ignored."""
         if self.signal == number:
             os._exit(128 + number)
         if self.signal:
@@ -1180,7 +1216,8 @@ class Stop:
         self.signal = number
         if not self.wait:
             raise Interrupted(number)
-        say("stopping after this step; once more to leave at once")
+        say("stopping after this step (and the harvest, if one is under way); once more to leave at "
+            "once")
 
     @contextlib.contextmanager
     def deferred(self):
@@ -1190,6 +1227,8 @@ class Stop:
             yield
         finally:
             self.wait = False
+        if self.signal:  # it came after the last step's look
+            raise Interrupted(self.signal)
 
 
 # Several processes (torchrun): gloo carries what lies on the host, nccl what lies on GPUs.
@@ -1234,8 +1273,8 @@ def broadcast(value):
 def save_sae(sae, folder, cfg, x):
     """Write `sae` in SAELens' format, with x (8, d_in) raw, its codes and reconstructions beside it.
 
-    SAELens has no gelu: it gets an architecture name that SAELens refuses to load, rather than one
-    that it would load wrongly.
+    SAELens has no gelu: such an SAE gets an architecture name that SAELens refuses, so that it is
+    not loaded wrongly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
@@ -1287,41 +1326,34 @@ def prove_saved(sae, folder):
         x_hat = judged.decode(reference["acts"], reference["x"])
         # The threshold is the pre-activation of some calibration token: if it is one of these 8,
         # rounding decides whether that code is on.
-        least = sae.activate(sae.threshold)
-        on_the_edge = (torch.maximum(acts, reference["acts"]) - least).abs() <= rounding
+        edge = sae.activate(sae.threshold)
+        on_the_edge = (torch.maximum(acts, reference["acts"]) - edge).abs() <= rounding
         acts = torch.where(on_the_edge, reference["acts"], acts)
     same = torch.allclose(acts, reference["acts"], rtol=1e-5, atol=rounding)
     same = same and torch.allclose(x_hat, reference["x_hat"], rtol=1e-5, atol=rounding)
     if not same or not torch.equal(judged.W_dec, sae.W_dec):
+        (folder / "cfg.json").unlink()  # this seed is not done
         raise RuntimeError(f"{folder}: the saved SAE is not the trained one")
 
 
 def environment(cfg, identity):
     """Versions, device, hashes of the sources and identity of the inputs: what numbers depend on."""
     device = prepare.pick_device(cfg.device)
-    name = platform.processor() or platform.machine()
+    processor = platform.processor() or platform.machine()
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+        processor = torch.cuda.get_device_name(device)
     here = Path(__file__).parent
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy", "safetensors")
     return {
         "python": platform.python_version(), "platform": platform.platform(),
-        "packages": {name: package_version(name) for name in
-                     ("torch", "transformers", "datasets", "tokenizers", "numpy", "safetensors")},
-        "device": name, "device_type": device, "threads": torch.get_num_threads(),
+        "packages": {package: importlib.metadata.version(package) for package in packages},
+        "device": processor, "device_type": device, "threads": torch.get_num_threads(),
         "processes": WORLD, "git_commit": git_commit(here),
         "experiment_sha256": prepare.sha256(SOURCE),
         "prepare_sha256": prepare.sha256(here / "prepare.py"),
         "evaluate_sha256": prepare.sha256(here / "evaluate.py"),
         "inputs": identity,
     }
-
-
-def package_version(name):
-    """The installed version of a package, None if it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def git_commit(folder):
@@ -1363,7 +1395,7 @@ def check_run_dir(cfg):
 def check_inputs(cfg, identity):
     """ValueError if a run that is resumed was made from another model or other text."""
     old = prepare.read_json(cfg.run_dir / "environment.json")["inputs"]
-    new = json.loads(json.dumps(identity))
+    new = json.loads(json.dumps(identity))  # tuples become lists, as in the file
     differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differ:
         raise ValueError(f"--resume: {', '.join(sorted(differ))} changed since {cfg.run_dir} was "
@@ -1385,7 +1417,7 @@ def begin_run(cfg, identity):
 
 @contextlib.contextmanager
 def locked(run_dir):
-    """Hold the run directory; RuntimeError if another process does. An empty one is removed."""
+    """Hold the run directory; RuntimeError if another process does. One left empty is removed."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
@@ -1407,15 +1439,8 @@ def locked(run_dir):
 
 def run(cfg, stop):
     """One complete run: harvest, train every seed, save, score. -> contents of final_info.json."""
-    problem = None
-    if RANK == 0:  # only the first process looks, before it writes; all hear the answer
-        try:
-            check_run_dir(cfg)
-        except ValueError as e:
-            problem = str(e)
-    problem = broadcast(problem)
-    if problem:
-        raise ValueError(problem)
+    check_run_dir(cfg)
+    barrier()  # every process has looked before the first one writes
     with locked(cfg.run_dir) if RANK == 0 else contextlib.nullcontext():
         harvest = Harvest(cfg)
         if cfg.resume:
@@ -1477,7 +1502,7 @@ def absolute(name):
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 run failed, 2 bad usage, 130/143 stopped."""
     cfg = None
-    with Stop() as stop:
+    with Stop() as stop:  # takes SIGINT and SIGTERM
         try:
             cfg = parse(argv)
             check(cfg)
@@ -1532,44 +1557,44 @@ def report(error, cfg):
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
-class Pairs(NamedTuple):
-    """The P active (token, latent) pairs of a batch, in token order."""
-
-    token: torch.Tensor  # (P,)
-    latent: torch.Tensor  # (P,)
-    token_start: torch.Tensor  # (B+1,): token t owns pairs token_start[t]:token_start[t+1]
-    by_latent: torch.Tensor  # (P,): the permutation that sorts pairs by latent
-    latent_start: torch.Tensor  # (d_sae+1,): as token_start, in that order
-
-
-def make_pairs(token, latent, n_tokens, d_sae):
-    """token (P,) sorted, latent (P,) -> Pairs."""
-    sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
-    return Pairs(token, latent, offsets(token, n_tokens), by_latent,
-                 offsets(sorted_latent, d_sae))
+def encode_sparse(sae, x, ok, n_valid):
+    """As encode_dense, -> SparseCodes. A bfloat16 product may choose other pairs near a tie."""
+    with torch.no_grad():
+        centred = x - sae.b_dec
+        pairs, pre = select_pairs(sae, x, centred, ok, sae.k * n_valid)
+    pre = SparseEncode.apply(centred, sae.W_enc, sae.b_enc, sae.b_dec, pre, pairs)
+    return SparseCodes(sae.activate(pre) * ok[pairs.token], pairs)
 
 
-def offsets(keys, n):
-    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at offsets[i]:offsets[i+1]."""
-    return torch.searchsorted(keys, torch.arange(n + 1, dtype=keys.dtype))
+def select_pairs(sae, x, centred, ok, keep):
+    """The pairs of a batch that are active, and their pre-activations (P,) in float32.
 
-
-def pair_products(rows, columns, token, latent, token_start):
-    """rows (B, d), columns (d_sae, d) -> (P,) inner products of the pairs only."""
-    if torch.backends.mkl.is_available():
-        zeros = torch.zeros(len(latent))
-        size = (len(rows), len(columns))
-        where = torch.sparse_csr_tensor(token_start, latent, zeros, size, check_invariants=False)
-        return torch.sparse.sampled_addmm(where, rows, columns.t(), beta=0.0).values()
-    parts = zip(token.split(8192), latent.split(8192))
-    return torch.cat([(rows[t] * columns[i]).sum(1) for t, i in parts])
-
-
-def sum_by_latent(values, rows, pairs):
-    """values (P,), rows (B, d) -> (d_sae, d): for each latent the sum of values * rows[token]."""
-    token, weight = pairs.token[pairs.by_latent], values[pairs.by_latent]
-    return F.embedding_bag(token, rows, pairs.latent_start[:-1], mode="sum",
-                           per_sample_weights=weight)
+    The dense product, which may be in bfloat16, only says which pairs are near the top.
+    """
+    n_tokens, d_sae = len(x), sae.W_dec.shape[0]
+    dense = sae.pre_activations(x)
+    if sae.sparsity == "topk":
+        token = torch.arange(n_tokens).repeat_interleave(sae.k)
+        latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
+    else:
+        # Take the pairs above a share of the last step's threshold, of a smaller share if they are
+        # too few: a tenth of the time of a top-k of the batch.
+        dense.masked_fill_(~ok[:, None], -torch.inf)
+        for slack in (0.9, 0.6, 0.0):
+            flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
+            if len(flat) >= keep:
+                break
+        token = flat // d_sae
+        latent = flat - token * d_sae
+    W_enc = sae.W_enc.t()
+    pre = pair_products(centred, W_enc, token, latent, offsets(token, n_tokens))
+    pre = pre + sae.b_enc[latent]
+    if sae.sparsity == "batchtopk" and len(pre):
+        threshold = pre.topk(min(keep, len(pre)), sorted=False).values.min().clamp(min=0)
+        sae.threshold.copy_(threshold)
+        kept = (pre >= threshold).nonzero()[:, 0]
+        token, latent, pre = token[kept], latent[kept], pre[kept]
+    return make_pairs(token, latent, n_tokens, d_sae), pre
 
 
 class SparseEncode(torch.autograd.Function):
@@ -1588,25 +1613,6 @@ class SparseEncode(torch.autograd.Function):
         grad_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, latent, grad)
         grad_W_enc = sum_by_latent(grad, centred, ctx.pairs).t()
         return None, grad_W_enc, grad_b_enc, -(W_enc @ grad_b_enc), None, None
-
-
-class SparseDecode(torch.autograd.Function):
-    """x_hat (B, d_in) = for each token the sum over its pairs of acts * W_dec[latent]."""
-
-    @staticmethod
-    def forward(ctx, acts, W_dec, pairs):
-        ctx.save_for_backward(acts, W_dec)
-        ctx.pairs = pairs
-        return F.embedding_bag(pairs.latent, W_dec, pairs.token_start[:-1], mode="sum",
-                               per_sample_weights=acts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        acts, W_dec = ctx.saved_tensors
-        pairs = ctx.pairs
-        grad = grad.contiguous()
-        grad_acts = pair_products(grad, W_dec, pairs.token, pairs.latent, pairs.token_start)
-        return grad_acts, sum_by_latent(acts, grad, pairs), None
 
 
 class SparseCodes:
@@ -1640,62 +1646,63 @@ class SparseCodes:
         return self.acts.sum()
 
 
-def encode_sparse(sae, x, ok, n_valid):
-    """As encode_dense, -> SparseCodes. A bfloat16 product may choose other pairs near a tie."""
-    with torch.no_grad():
-        centred = x - sae.b_dec
-        pairs, pre = select(sae, x, centred, ok, sae.k * n_valid)
-    pre = SparseEncode.apply(centred, sae.W_enc, sae.b_enc, sae.b_dec, pre, pairs)
-    return SparseCodes(sae.activate(pre) * ok[pairs.token], pairs)
+class SparseDecode(torch.autograd.Function):
+    """x_hat (B, d_in) = for each token the sum over its pairs of acts * W_dec[latent]."""
+
+    @staticmethod
+    def forward(ctx, acts, W_dec, pairs):
+        ctx.save_for_backward(acts, W_dec)
+        ctx.pairs = pairs
+        return F.embedding_bag(pairs.latent, W_dec, pairs.token_start[:-1], mode="sum",
+                               per_sample_weights=acts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        acts, W_dec = ctx.saved_tensors
+        pairs = ctx.pairs
+        grad = grad.contiguous()
+        grad_acts = pair_products(grad, W_dec, pairs.token, pairs.latent, pairs.token_start)
+        return grad_acts, sum_by_latent(acts, grad, pairs), None
 
 
-def select(sae, x, centred, ok, keep):
-    """The pairs of a batch that are active, and their pre-activations (P,) in float32.
+class Pairs(NamedTuple):
+    """The P active (token, latent) pairs of a batch, in token order."""
 
-    The dense product, which may be in bfloat16, only says which pairs are near the top.
-    """
-    n_tokens, d_sae = len(x), sae.W_dec.shape[0]
-    dense = sae.pre_activations(x)
-    if sae.sparsity == "topk":
-        token = torch.arange(n_tokens).repeat_interleave(sae.k)
-        latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
-    else:
-        # Counting what lies above a hint, the last step's threshold, takes a tenth of the time of
-        # a top-k of the batch.
-        dense.masked_fill_(~ok[:, None], -torch.inf)
-        for slack in (0.9, 0.6, 0.0):
-            flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
-            if len(flat) >= keep:
-                break
-        token = flat // d_sae
-        latent = flat - token * d_sae
-    W_enc = sae.W_enc.t()
-    pre = pair_products(centred, W_enc, token, latent, offsets(token, n_tokens))
-    pre = pre + sae.b_enc[latent]
-    if sae.sparsity == "batchtopk" and len(pre):
-        threshold = pre.topk(min(keep, len(pre)), sorted=False).values.min().clamp(min=0)
-        sae.threshold.copy_(threshold)
-        kept = (pre >= threshold).nonzero()[:, 0]
-        token, latent, pre = token[kept], latent[kept], pre[kept]
-    return make_pairs(token, latent, n_tokens, d_sae), pre
+    token: torch.Tensor  # (P,)
+    latent: torch.Tensor  # (P,)
+    token_start: torch.Tensor  # (B+1,): token t owns pairs token_start[t]:token_start[t+1]
+    by_latent: torch.Tensor  # (P,): the permutation that sorts pairs by latent
+    latent_start: torch.Tensor  # (d_sae+1,): as token_start, in that order
 
 
-@contextlib.contextmanager
-def memory_kept():
-    """While open, glibc keeps what a step frees: asking the system again takes a tenth of a step."""
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_MAX, 65536)
-        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
-        libc.malloc_trim(0)
+def make_pairs(token, latent, n_tokens, d_sae):
+    """token (P,) sorted, latent (P,) -> Pairs."""
+    sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
+    return Pairs(token, latent, offsets(token, n_tokens), by_latent,
+                 offsets(sorted_latent, d_sae))
+
+
+def offsets(keys, n):
+    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at offsets[i]:offsets[i+1]."""
+    return torch.searchsorted(keys, torch.arange(n + 1, dtype=keys.dtype))
+
+
+def pair_products(rows, columns, token, latent, token_start):
+    """rows (B, d), columns (d_sae, d) -> (P,) inner products of the pairs only."""
+    if torch.backends.mkl.is_available():  # sampled_addmm needs it; it computes these entries only
+        zeros = torch.zeros(len(latent))
+        size = (len(rows), len(columns))
+        where = torch.sparse_csr_tensor(token_start, latent, zeros, size, check_invariants=False)
+        return torch.sparse.sampled_addmm(where, rows, columns.t(), beta=0.0).values()
+    parts = zip(token.split(8192), latent.split(8192))
+    return torch.cat([(rows[t] * columns[i]).sum(1) for t, i in parts])
+
+
+def sum_by_latent(values, rows, pairs):
+    """values (P,), rows (B, d) -> (d_sae, d): for each latent the sum of values * rows[token]."""
+    token, weight = pairs.token[pairs.by_latent], values[pairs.by_latent]
+    return F.embedding_bag(token, rows, pairs.latent_start[:-1], mode="sum",
+                           per_sample_weights=weight)
 
 
 if __name__ == "__main__":
