@@ -1508,7 +1508,6 @@ def main(argv=None):
             check(cfg)
             if not cfg.acts:
                 prepare.check_model(cfg.model, cfg.layer, cfg.context_size)
-                prepare.check_text(cfg.dataset, **text_options(cfg))
             init_distributed(prepare.pick_device(cfg.device))
             if RANK == 0:
                 print(f"run directory: {cfg.run_dir}", flush=True)

@@ -18,6 +18,7 @@ grid_; grid_base is their baseline (weight 0). Short runs whose names begin with
 the table of the grid only.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import html
@@ -158,19 +159,21 @@ def seed_number(path):
     return int(path.parent.name.removeprefix("seed_"))
 
 
-def find_runs(runs_dir):
-    """The study's runs in the order of `labels`, then its others, then the user's."""
-    study = {path.parent.name for path in runs_dir.glob("study/*/config.json")}
-    own = {path.parent.name for path in runs_dir.glob("*/config.json")}
+def find_runs(runs_dir, names=()):
+    """The runs named; if none is, the study's in the order of `labels`, then the user's."""
+    study = sorted(file.parent.resolve() for file in runs_dir.glob("study/*/config.json"))
+    own = sorted(file.parent.resolve() for file in runs_dir.glob("*/config.json"))
+    order = list(dict.fromkeys([*labels, *[path.name for path in study]]))
+    study.sort(key=lambda path: order.index(path.name))
     runs = []
-    for index, name in enumerate([*labels, *sorted(study - labels.keys())]):
-        if name in study:
-            runs.append(Run(runs_dir / "study" / name, labels.get(name, name), index, True))
-    for index, name in enumerate(sorted(own)):
-        label = name
-        if study:
-            label = f"{name} (yours)"
-        runs.append(Run(runs_dir / name, label, index, False))
+    for path in [run_path(name, runs_dir, "config.json") for name in names] or study + own:
+        if path in study:
+            name = path.name
+            runs.append(Run(path, labels.get(name, name), order.index(name), True))
+        else:
+            label = f"{path.name} (yours)" if study else path.name
+            place = own.index(path) if path in own else len(own)
+            runs.append(Run(path, label, place, False))
     return runs
 
 
@@ -184,35 +187,24 @@ def run_path(name, runs_dir, needs):
     raise ValueError(f"no run {name}: {needs} is in none of {tried}")
 
 
-def read_grid(path, prefix):
-    """The runs of study.csv whose names begin with `prefix`: name, config, scores as in Run."""
-    grid = {}
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    except OSError:
-        return []
-    for row in rows:
-        if not row["run"].startswith(prefix):
-            continue
-        columns = ("temp_alpha", "window", "temporal_fraction", "k")
-        config = {column: float(row[column]) for column in columns}
-        config["temp_loss"] = row["temp_loss"]
-        empty = SimpleNamespace(name=row["run"], config=config, scores=defaultdict(list))
-        run = grid.setdefault(row["run"], empty)
-        for metric in row.keys() - config.keys() - {"run", "seed"}:
-            run.scores[metric].append(number_in(row[metric]))
-    for run in grid.values():
-        arrays = {metric: np.array(values) for metric, values in run.scores.items()}
-        run.scores = {metric: array for metric, array in arrays.items() if np.isfinite(array).all()}
-    return list(grid.values())
-
-
-def number_in(cell):
-    """A cell of a table as a number; NaN for an empty one or for words."""
-    try:
-        return float(cell)
-    except ValueError:
-        return np.nan
+def read_grid(path):
+    """The short runs of study.csv, grid_* and control_*: name, config, scores as in Run."""
+    found = defaultdict(list)
+    if path.exists():
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            if row["run"].startswith(("grid_", "control_")):
+                found[row["run"]].append(row)
+    grid = []
+    for name, rows in found.items():
+        numbers = {}
+        for column in rows[0]:
+            with contextlib.suppress(ValueError):  # words, or an empty cell: undefined
+                numbers[column] = np.array([float(row[column]) for row in rows])
+        shape = ("temp_alpha", "window", "temporal_fraction", "k")
+        config = {column: numbers[column][0] for column in shape}
+        config["temp_loss"] = rows[0]["temp_loss"]
+        grid.append(SimpleNamespace(name=name, config=config, scores=numbers))
+    return grid
 
 
 @dataclass
@@ -221,8 +213,11 @@ class Records:
 
     runs: list  # of Run
     grid: list  # of the short runs in study.csv
-    controls: list  # the same, with the targets of --control
     chosen: bool  # the user named the runs
+
+    def run(self, name):
+        """The run of this name; KeyError if there is none."""
+        return {run.name: run for run in self.runs}[name]
 
     def ladder(self):
         """The runs of the two top-level pictures."""
@@ -249,8 +244,7 @@ class Records:
 
 def read_records(runs, runs_dir, chosen=False):
     """These runs with the short ones of study.csv."""
-    table = runs_dir / "study.csv"
-    return Records(runs, read_grid(table, "grid_"), read_grid(table, "control_"), chosen)
+    return Records(runs, read_grid(runs_dir / "study.csv"), chosen)
 
 
 def judged_rows(run):
@@ -306,12 +300,8 @@ def bars(ax, runs, metric, side, digits, ylabel):
             means.append(mean)
             errors.append(error)
             colours.append(run.colour)
-    style = {"width": 0.6, "color": colours, "edgecolor": "white"}
-    if side:
-        style["width"] = 0.38
-    if side > 0:
-        style["hatch"] = "////"
-    drawn = ax.bar(places, means, yerr=errors, error_kw={"ecolor": "0.5"}, **style)
+    drawn = ax.bar(places, means, 0.38 if side else 0.6, yerr=errors, error_kw={"ecolor": "0.5"},
+                   color=colours, edgecolor="white", hatch="////" if side > 0 else None)
     crowded = len(runs) > 8  # then the numbers stand upright
     ax.bar_label(drawn, [f"{mean:.{digits}f}" for mean in means], padding=2, fontsize=8.5,
                  rotation=90 * crowded)
@@ -479,7 +469,8 @@ def frontier(records):
     panels = [("Whole runs; hollow: L0 over 1 % off", points)]
     grid = []
     if not records.chosen:
-        grid = near_the_best([run for run in records.grid if on_frontier(run)])
+        short = [run for run in records.grid if not run.name.startswith("control_")]
+        grid = near_the_best([run for run in short if on_frontier(run)])
     if len(grid) > 1:
         panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
     height = 0.5 + 3.6 * len(panels)
@@ -585,7 +576,7 @@ def ablation(records):
     seeds = min(len(run.scores["explained_variance"]) for run in drawn)
     heading(figure, "Gain over weight 0 in short runs", f"mean of {seeds} paired seeds")
     for line, (metric, base_metric, title, digits) in zip(axes, rows):
-        tables = [{place: paired_gain(run.scores[metric], base.scores[base_metric])
+        tables = [{place: paired(run.scores[metric], base.scores[base_metric]).mean()
                    for place, run in cells.items()} for _, _, cells in slices]
         numbers = [gain for table in tables for gain in table.values()]
         for ax, (what, where, _), table in zip(line, slices, tables):
@@ -596,10 +587,10 @@ def ablation(records):
     return figure
 
 
-def paired_gain(values, base):
-    """Mean over the seeds that both have of values - base."""
+def paired(values, base):
+    """values - base of the seeds that both have."""
     seeds = min(len(values), len(base))
-    return np.mean(values[:seeds] - base[:seeds])
+    return values[:seeds] - base[:seeds]
 
 
 def grid_slices(grid):
@@ -607,8 +598,8 @@ def grid_slices(grid):
 
     -> [(what varies, what is fixed, {(value, weight): run})] of those with two values or more
     """
-    runs = [run for run in grid if run.config["temp_loss"] == next(iter(LOSSES))]
-    runs = [run for run in runs if run.config["temp_alpha"] > 0]
+    runs = [run for run in grid if run.name.startswith("grid_")
+            and run.config["temp_loss"] == next(iter(LOSSES)) and run.config["temp_alpha"] > 0]
     if not runs:
         return []
     share = Counter(run.config["temporal_fraction"] for run in runs).most_common(1)[0][0]
@@ -702,15 +693,12 @@ def redundancy(records):
 def clusters(records):
     """Latents by activation pattern: a scatter, and the share of each kind."""
     runs = records.compared(PAIR, "clusters", 2)
-    listed = [one["name"] for run in runs for one in run.consistency[0]["clusters"]["list"]]
-    names = list(CLUSTERS) + sorted(set(listed) - CLUSTERS.keys())
+    names = list(CLUSTERS)
     figure, axes = plt.subplots(2, 2, figsize=(9, 7.2), height_ratios=[1.5, 1])
     heading(figure, "Kinds of latents by activation pattern", "first seed")
     axes[0, 1].set_visible(len(runs) == 2)
-    keys = []
-    for name in names:
-        colour, marker = CLUSTERS.get(name, ("#DDAA33", "X"))
-        keys.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=name))
+    keys = [Line2D([], [], color=colour, marker=marker, linestyle="none", label=name)
+            for name, (colour, marker) in CLUSTERS.items()]
     for index, run in enumerate(runs):
         latents = run.consistency[0]["latents"]
         found = run.consistency[0]["clusters"]
@@ -752,11 +740,8 @@ def write_page(folders, pictures_dir):
     target = folders[-1] / "latents.html"
     pictures = []
     for name in PICTURES:
-        try:
-            link = os.path.relpath(pictures_dir / name, target.parent)
-        except ValueError:  # another drive on Windows
-            continue
         if (pictures_dir / name).is_file():
+            link = os.path.relpath(pictures_dir / name, target.parent)
             pictures.append([Path(name).stem, Path(link).as_posix()])
     title = "Latents of " + " and ".join(run["run"] for run in runs)
     data = json.dumps({"runs": runs, "pictures": pictures}, ensure_ascii=False, allow_nan=False,
@@ -813,6 +798,8 @@ SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_
            "document_id", "boundary", "doc_topic_5", "token_class_5", "token_class_20", "autocorr_1",
            "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "redundant_share", "together",
            "frac_alive")
+SHORT = ("explained_variance", "token_topic_5", "token_topic_5_lead", "document_id",
+         "autocorr_16_lead", "smoothness_S", "token_class_5")
 
 
 def with_error(values, signed=False):
@@ -832,82 +819,59 @@ def with_error(values, signed=False):
     return text
 
 
-def headline_table(runs):
+def headline_table(records):
     """Baseline and default side by side, with the difference paired by seed."""
-    base, ours = runs["run_0"], runs["run_6"]
+    base, ours = records.run("run_0"), records.run("run_6")
     lines = [f"| {base.seeds} paired seeds | baseline | temporal | difference |",
              "|---|---|---|---|"]
     for metric, words in HEADLINE.items():
         a, b = base.scores[metric], ours.scores[metric]
-        difference = with_error(b - a, signed=True)
+        difference = with_error(paired(b, a), signed=True)
         lines.append(f"| {words} | {with_error(a)} | {with_error(b)} | {difference} |")
     return lines
 
 
-def rivals_table(runs, *names):
+def rivals_table(records, *names):
     """Several runs, a line each."""
     lines = ["| run (seeds) | " + " | ".join(RIVALS.values()) + " |"]
     lines.append("|---" * (len(RIVALS) + 1) + "|")
-    for name in names:
-        run = runs[name]
+    for run in map(records.run, names):
         cells = [with_error(run.scores[metric]) for metric in RIVALS]
         lines.append(f"| {run.label} ({run.seeds}) | " + " | ".join(cells) + " |")
     return lines
 
 
-def results_table(runs, name):
+def results_table(records, name):
     """The headline numbers of one run."""
-    run = runs[name]
-    lines = [f"Results: mean ± standard error of {run.seeds} seeds"]
-    for metric in SUMMARY:
-        lines.append(f"- {metric}: {with_error(run.scores[metric])}")
-    return lines
+    run = records.run(name)
+    return [f"Results: mean ± standard error of {run.seeds} seeds",
+            *[f"- {metric}: {with_error(run.scores[metric])}" for metric in SUMMARY]]
 
 
-def differences_table(runs, base, *names):
+def differences_table(records, base, *names):
     """Differences of some runs to another one, paired by seed."""
     lines = [f"{'difference to ' + base:24}" + "".join(f"{name:>24}" for name in names)]
     for metric in SUMMARY:
-        cells = []
-        for name in names:
-            a, b = runs[base].scores[metric], runs[name].scores[metric]
-            n = min(len(a), len(b))
-            cells.append(f"{with_error(b[:n] - a[:n], signed=True):>24}")
-        lines.append(f"{metric:24}" + "".join(cells))
+        gaps = [paired(records.run(name).scores[metric], records.run(base).scores[metric])
+                for name in names]
+        cells = "".join(f"{with_error(gap, signed=True):>24}" for gap in gaps)
+        lines.append(f"{metric:24}{cells}")
     return lines
 
 
-def grid_table(grid):
+def grid_table(records):
     """The short runs: mean over seeds, as differences to the short baseline of the same seeds."""
-    metrics = ("explained_variance", "token_topic_5", "token_topic_5_lead", "document_id",
-               "autocorr_16_lead", "smoothness_S", "token_class_5")
-    by_name = {run.name: run.scores for run in grid}
-    base = by_name.pop("grid_base")
-    lines = [f"{'difference to grid_base':28}" + "".join(f"{metric:>20}" for metric in metrics)]
-    for name, scores in by_name.items():
-        cells = []
-        for metric in metrics:
-            n = min(len(scores[metric]), len(base[metric]))
-            cells.append(f"{np.mean(scores[metric][:n] - base[metric][:n]):>+20.4f}")
-        lines.append(f"{name:28}" + "".join(cells))
+    base = {run.name: run for run in records.grid}["grid_base"]
+    lines = [f"{'difference to grid_base':28}" + "".join(f"{metric:>20}" for metric in SHORT)]
+    for run in records.grid:
+        if run is not base:
+            gaps = [paired(run.scores[metric], base.scores[metric]).mean() for metric in SHORT]
+            lines.append(f"{run.name:28}" + "".join(f"{gap:>+20.4f}" for gap in gaps))
     return lines
 
 
-def table_lines(words, records):
-    """The lines of the table that `words` name: a kind and its arguments."""
-    kind, *names = words
-    runs = {run.name: run for run in records.runs}
-    if kind == "headline":
-        return headline_table(runs)
-    if kind == "rivals":
-        return rivals_table(runs, *names)
-    if kind == "results":
-        return results_table(runs, *names)
-    if kind == "differences":
-        return differences_table(runs, *names)
-    if kind == "grid":
-        return grid_table(records.grid + records.controls)
-    raise ValueError(f"no such table: {kind}")
+TABLES = {"headline": headline_table, "rivals": rivals_table, "results": results_table,
+          "differences": differences_table, "grid": grid_table}
 
 
 def fill_tables(text, records):
@@ -921,8 +885,8 @@ def fill_tables(text, records):
             kept.append(line)
         if "table: " in line:
             inside = True
-            words = line.split("table: ")[1].removesuffix("-->").split()
-            kept += table_lines(words, records)
+            kind, *names = line.split("table: ")[1].removesuffix("-->").split()
+            kept += TABLES[kind](records, *names)
     return "\n".join(kept) + "\n"
 
 
@@ -966,13 +930,7 @@ def main():
             folders = [run_path(name, args.runs_dir, "latents.json") for name in args.runs]
             write_page(folders, args.out_dir.resolve())
             return
-        if args.runs:
-            paths = [run_path(name, args.runs_dir, "config.json") for name in args.runs]
-            study = args.runs_dir.resolve() / "study"
-            runs = [Run(path, path.name, index, path.parent == study)
-                    for index, path in enumerate(paths)]
-        else:
-            runs = find_runs(args.runs_dir)
+        runs = find_runs(args.runs_dir, args.runs)
         if not runs:
             parser.exit(1, f"plot.py: no run in {args.runs_dir}; train one with "
                            "python experiment.py --out_dir my_run\n")

@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import argparse
-import codecs
 import functools
 import glob
 import hashlib
@@ -33,13 +32,11 @@ from typing import NamedTuple
 import datasets
 import huggingface_hub
 import numpy as np
-import pyarrow
 import torch
 import transformers
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -303,23 +300,19 @@ def files_identity(root, files):
 def hub_revision(kind, name):
     """Commit hash of a hub "model" or "dataset", asked once a process.
 
-    Where the hub is out of reach: that of the copy in the hub's own cache."""
+    Where the hub does not answer: that of the copy in the hub's own cache."""
     try:
         return huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=20).sha
-    except (RepositoryNotFoundError, HFValidationError):
-        raise ValueError(
-            f"--{kind} {name} is neither a local path nor on the hub, or closed to you: log in "
-            "with `hf auth login`"
-        ) from None
     except Exception as error:  # httpx and the hub's client raise many kinds
-        known = {"model": "config.json", "dataset": "README.md"}[kind]
-        cached = huggingface_hub.try_to_load_from_cache(name, known, repo_type=kind)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-        raise RuntimeError(
-            f"--{kind} {name} is not a local path, and the hub cannot be reached "
-            f"({first_line(error)}); give a local path, or leave --{kind} out for the embedded one"
-        ) from None
+        reason = first_line(error)
+    known = {"model": "config.json", "dataset": "README.md"}[kind]
+    cached = huggingface_hub.try_to_load_from_cache(name, known, repo_type=kind)
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    raise RuntimeError(
+        f"--{kind} {name} is not a local path, and the hub does not give it ({reason}): log in "
+        f"with `hf auth login` if it is closed, or leave --{kind} out for the embedded one"
+    )
 
 
 def model_identity(model):
@@ -338,8 +331,6 @@ def model_source(model, cache_dir=""):
     if model in EMBEDDED:
         return {"pretrained_model_name_or_path": str(converted(model, cache_dir))}
     path = Path(model).expanduser()
-    if path.is_file():
-        raise ValueError(f"--model {model} is a file; give the folder that holds config.json")
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path)}
     if looks_like_path(model):
@@ -382,15 +373,10 @@ def load_pretrained(model, cache_dir, loader, what, **options):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch raise many kinds
-        reason = first_line(error)
-    if "couldn't connect" in reason:
-        raise RuntimeError(f"--model {model}: the hub cannot be reached for its {what} ({reason})")
-    hint = ""
-    if model in EMBEDDED:
-        hint = f"; delete {source['pretrained_model_name_or_path']} to have it made again"
-    if "gated" in reason:
-        hint = "; accept its conditions on the hub and log in with `hf auth login`"
-    raise ValueError(f"--model {model}: its {what} cannot be loaded ({reason[:300]}){hint}")
+        place = source["pretrained_model_name_or_path"]
+        raise ValueError(
+            f"--model {model}: its {what} cannot be loaded from {place} ({first_line(error)[:300]})"
+        ) from None
 
 
 def load_config(model, cache_dir=""):
@@ -452,37 +438,14 @@ def load_lm(model, dtype, device, cache_dir=""):
         model, cache_dir, transformers.AutoModelForCausalLM, "weights", dtype=dtype,
         use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
     )
-    check_complete(model, lm, found)
-    lm = lm.eval().requires_grad_(False).to(device)
-    check_causal(model, lm)
-    LOADED[key] = lm, tokenizer
-    return LOADED[key]
-
-
-def check_complete(model, lm, found):
-    """Raise ValueError, by transformers' report, for weights that the files lack, ties aside."""
-    mismatched = [key[0] for key in found["mismatched_keys"]]
-    for names, what in ((found["missing_keys"], "lacks"), (mismatched, "has other shapes for")):
-        names = sorted(names)
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise ValueError(
-                f"--model {model} {what} weights of a {type(lm).__name__}: "
-                f"{', '.join(names[:4])}{more}"
-            )
-
-
-@torch.inference_mode()
-def check_causal(model, lm):
-    """Raise ValueError when the logits of a token depend on the token after it."""
-    tokens = torch.arange(8, device=lm.device).repeat(2, 1)
-    tokens[1, -1] = 8
-    before = lm(tokens, use_cache=False).logits[:, :-1].float()
-    change = (before[0] - before[1]).abs().max() / before.abs().max()
-    if change > torch.finfo(lm.dtype).eps ** 0.5:  # rows of a batch may round differently
+    lacking = [*sorted(found["missing_keys"]), *(key[0] for key in found["mismatched_keys"])]
+    if lacking:
         raise ValueError(
-            f"--model {model}, a {type(lm).__name__}, is not causal: its tokens see later ones"
+            f"--model {model}: its files lack {len(lacking)} of the weights of a "
+            f"{type(lm).__name__}, such as {lacking[0]}"
         )
+    LOADED[key] = lm.eval().requires_grad_(False).to(device), tokenizer
+    return LOADED[key]
 
 
 def release_lm():
@@ -578,36 +541,43 @@ def local_path(dataset):
     return None
 
 
+def check_split(source, splits):
+    """Raise ValueError when the data set has no such split."""
+    if source.split not in splits:
+        splits = ", ".join(map(str, splits))
+        raise ValueError(f"--split {source.split}: {source.dataset} has the splits {splits}")
+
+
 def local_files(source, path):
-    """(files to read, in order; files below the folder that are left out).
+    """The files to read, in order.
 
     Files named for a split (data/train-00000.parquet) are of that split, as on the hub. Text files
     beside data files are left out, and so are README, LICENSE and the like, and dot files."""
-    dataset = source.dataset
     if path.is_file():
         if not loader_of(path):
-            raise ValueError(f"--dataset {dataset}: its ending is none of {ENDINGS}")
-        if source.split != "train":
-            raise ValueError(f"--split {source.split}: the file {dataset} is all of a split train")
-        return [path], []
+            raise ValueError(f"--dataset {source.dataset}: its ending is none of {ENDINGS}")
+        check_split(source, ["train"])
+        return [path]
     root = path.resolve()
-    there = [file.relative_to(root) for file in root.rglob("*") if file.is_file()]
     try:
         by_split = DataFilesDict.from_patterns(get_data_patterns(str(root)), base_path=str(root))
     except FileNotFoundError:  # the library finds no file for any split
-        by_split = {}
-    if by_split and source.split not in by_split:
-        raise ValueError(f"--split {source.split}: {dataset} has the splits {', '.join(by_split)}")
-    files = []
-    for file in map(Path, by_split.get(source.split, [])):
+        by_split = {source.split: []}
+    check_split(source, by_split)
+    texts = []
+    for file in map(Path, by_split[source.split]):
         if loader_of(file) and file.name.split(".")[0].lower() not in NOT_TEXTS:
-            files.append(file.relative_to(root))
-    data = [file for file in files if loader_of(file) != "text"]
-    files = sorted(data or files)
+            texts.append(file)
+    files = sorted([file for file in texts if loader_of(file) != "text"] or texts)
     if not files:
-        raise ValueError(f"--dataset {dataset}: the folder holds no file that ends in {ENDINGS}")
-    left_out = sorted(set(there) - set(files))
-    return [path / file for file in files], left_out
+        raise ValueError(
+            f"--dataset {source.dataset}: the folder holds no file that ends in {ENDINGS}"
+        )
+    left_out = {file for file in root.rglob("*") if file.is_file()} - set(files)
+    if left_out:
+        say_once(f"--dataset {source.dataset}: files read: {len(files)}; left out: {len(left_out)} "
+                 f"({min(left_out).name}, ...)")
+    return files
 
 
 def file_rows(file, encoding):
@@ -636,25 +606,16 @@ def file_rows(file, encoding):
 
 def saved_rows(source, path):
     """The rows of a folder that `save_to_disk` wrote."""
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets and pyarrow raise many kinds
-        raise ValueError(
-            f"--dataset {source.dataset} cannot be read ({first_line(error)})"
-        ) from None
+    saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
         saved = {"train": saved}
-    if source.split not in saved:
-        raise ValueError(
-            f"--split {source.split}: {source.dataset} has the splits {', '.join(saved)}"
-        )
+    check_split(source, saved)
     return saved[source.split]
 
 
 def hub_rows(source, name, revision=None):
     """The rows of the hub data set `name`, or of a local copy of its repository, streamed."""
     options = {"name": source.dataset_config or None, "split": source.split, "streaming": True}
-    read = 0
     try:
         try:
             rows = datasets.load_dataset(name, revision=revision, **options)
@@ -663,84 +624,33 @@ def hub_rows(source, name, revision=None):
                 raise
             # a repository that holds code to run and no data: the hub has converted most of them
             rows = datasets.load_dataset(name, revision="refs/convert/parquet", **options)
-        for row in rows:
-            read += 1
-            yield row
+        yield from rows
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds
-        raise hub_error(source, error, read) from None
-
-
-def hub_error(source, error, read):
-    """The exception, with one sentence, for one that a hub data set raised after `read` rows."""
-    reason = " ".join(str(error).split())  # names of splits and configs stand in later lines
-    if "gated" in reason:
-        reason += "; accept its conditions on the hub and log in with `hf auth login`"
-    for flag, word in (("--dataset_config", "config name"), ("--split", "split")):
-        if word in reason.lower():
-            reason += f"; {flag} names one"
-    place = f" after {read:,} documents" if read else ""
-    message = f"--dataset {source.dataset} cannot be read{place} ({reason})"
-    missing = isinstance(error, (FileNotFoundError, PermissionError))
-    network = isinstance(error, OSError) or type(error).__module__.startswith(("http", "aiohttp"))
-    if network and not missing:
-        return RuntimeError(message)  # the library has tried again for a while
-    return ValueError(message)
+        reason = " ".join(str(error).split())  # names of splits and configs stand in later lines
+        raise RuntimeError(f"--dataset {source.dataset} cannot be read ({reason})") from None
 
 
 def nested(row, field):
-    """The value of the column `field`, or of a.b in a nested column. KeyError if there is none."""
+    """The value of the column `field`, or of a.b in a nested column; None where it is empty."""
     if field in row:
         return row[field]
-    value = row
     for name in field.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise KeyError(field)
-        value = value[name]
-    return value
-
-
-def columns(row, prefix=""):
-    """The names that nested() understands, in the order of the row."""
-    names = []
-    for name, value in row.items():
-        if isinstance(value, dict):
-            names += columns(value, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
-def message_text(message):
-    """The text of one chat message: {"content"} or {"value"}, a string or a list of {"text"}."""
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        content = "\n".join(part for part in parts if part)
-    return content or ""
+        if row is not None:
+            row = row[name]
+    return row
 
 
 def text_of(row, field):
     """A row of a data set -> its text. A list of chat messages is joined by blank lines."""
     try:
         value = nested(row, field)
-    except KeyError:
-        raise ValueError(
-            f"no column {field}; --text_field names one of {', '.join(columns(row))}"
-        ) from None
-    if value is None:
-        return ""
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        value = "\n\n".join(message_text(message) for message in value)
-        if not value:
-            raise ValueError(f"--text_field {field} holds a list of records without content")
-    if not isinstance(value, str):
-        raise ValueError(
-            f"--text_field {field} holds {type(value).__name__}, not text; "
-            f"the columns are {', '.join(columns(row))}"
-        )
-    return value
+        if isinstance(value, list):
+            value = "\n\n".join(one.get("content", one.get("value")) or "" for one in value)
+    except (KeyError, TypeError, AttributeError):
+        value = 0
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"--text_field {field} is no text; the columns are {', '.join(row)}")
+    return value or ""
 
 
 def label_of(row):
@@ -792,32 +702,12 @@ def data_rows(source):
     elif path.is_dir() and (source.dataset_config or is_repository(path)):
         yield from hub_rows(source, str(path))
     else:
-        files, left_out = local_files(source, path)
-        say_left_out(source, files, left_out)
-        for file in files:
+        for file in local_files(source, path):
             yield from file_rows(file, source.encoding)
-
-
-def say_left_out(source, files, left_out):
-    """Say which files of a local folder are read, where that is not all of them or of two kinds."""
-    kinds = sorted({loader_of(file) for file in files})
-    if not left_out and len(kinds) == 1:
-        return
-    names = [str(file) for file in left_out[:8]]
-    if len(left_out) > 8:
-        names.append(f"{len(left_out) - 8} more")
-    say_once(f"--dataset {source.dataset}: files read: {len(files)} ({', '.join(kinds)}); "
-             f"left out: {', '.join(names) or 'none'}")
 
 
 def text_identity(source):
     """What identifies the text, the same for memory, disk and a run's record."""
-    try:
-        codecs.lookup(source.encoding)
-    except LookupError:
-        raise ValueError(
-            f"--encoding {source.encoding} is not an encoding that Python knows"
-        ) from None
     if source.dataset == EMBEDDED_TEXT:
         return {"dataset": EMBEDDED_TEXT, "sha256": EMBEDDED[EMBEDDED_TEXT].sha256}
     identity = source._asdict()
@@ -832,17 +722,6 @@ def text_identity(source):
         root = path
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return {**identity, "dataset": path.name, "files": files_identity(root, files)}
-
-
-def check_text(dataset, **options):
-    """Raise ValueError for a local data set that cannot be read: looks at its first document.
-
-    Options as in Source. RuntimeError for one on the hub when the hub cannot be reached."""
-    text_identity(Source(dataset, **options))
-    if dataset == EMBEDDED_TEXT or local_path(dataset) is None:
-        return
-    if next(read_text(dataset, **options), None) is None:
-        raise ValueError(f"--dataset {dataset} holds no document")
 
 
 # ----------------------------------------------------------------------------------------
@@ -875,28 +754,23 @@ class Inputs(NamedTuple):
     train: datasets.Dataset
     heldout: datasets.Dataset  # of documents that are never trained on
     calibration: datasets.Dataset  # of further documents that are neither
-    topics: dict | None  # document number -> label, of held-out and calibration documents
+    topics: dict  # document number -> label, of held-out and calibration documents that have one
     identity: dict  # of model, text and all that decides the rows
-    report: dict  # counts, for people
+    documents: datasets.Dataset  # a DOCUMENT of each text that was read
+    parts: dict  # split: indices of its documents
 
 
-def stored(make, features, name, cache_dir, empty=False):
+def stored(make, features, name, cache_dir):
     """The data set of the dicts that make() yields: written to the cache once, memory-mapped.
 
     The library locks it, so of several processes one makes it and the others wait."""
-    if empty:  # the library stores nothing empty
-        return datasets.Dataset.from_dict({column: [] for column in features}, features=features)
-    folder = cache_root(cache_dir) / "rows"
+    folder = str(cache_root(cache_dir) / "rows")
     try:
         return datasets.Dataset.from_generator(
-            make, features=features, cache_dir=str(folder), fingerprint=name
+            make, features=features, cache_dir=folder, fingerprint=name
         )
     except DatasetGenerationError as error:
         raise error.__cause__ from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RuntimeError(
-            f"the cache cannot be used ({first_line(error)}); if it is damaged, delete {folder}"
-        ) from None
 
 
 def next_texts(documents, characters):
@@ -995,11 +869,9 @@ def split_documents(hashes, lengths, wanted):
     parts = {}
     start = 0
     for name in ("heldout", "calibration"):
-        end = start
-        if wanted[name] > 0:
-            before = filled[start - 1] if start > 0 else 0
-            end = min(np.searchsorted(filled, before + wanted[name]) + 1, len(order))
-        while start < end < len(order) and hashes[order[end]] == hashes[order[end - 1]]:
+        before = filled[start - 1] if start > 0 else 0
+        end = min(np.searchsorted(filled, before + wanted[name]) + 1, len(order))
+        while end < len(order) and hashes[order[end]] == hashes[order[end - 1]]:
             end += 1
         parts[name] = order[start:end]
         start = end
@@ -1045,60 +917,20 @@ def pack(documents, chosen, n_rows, context_size, tokenizer):
         del owners[:at]
 
 
-def check_enough(dataset, parts, hashes, lengths, wanted, context_size):
+def check_enough(dataset, parts, lengths, wanted, context_size):
     """Raise ValueError when the documents do not fill the held-out rows and one for training."""
     lacking = shortfall(parts, lengths, wanted)
     given = wanted["train"] - lacking["train"]
-    if lacking["heldout"] == 0 and lacking["calibration"] == 0 and given >= context_size:
-        if lacking["train"] > 0:
-            say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
-                "asked for; training goes round them")
-        return
-    hint = ""
-    path = local_path(dataset)
-    if path is not None and any(loader_of(file) == "text" for file in [path, *path.rglob("*")]):
-        hint = "; in .txt and .md files a blank line parts documents"
-    n_heldout = wanted["heldout"] // context_size
-    n_calibration = wanted["calibration"] // context_size
-    raise ValueError(
-        f"--dataset {dataset} is too small for {n_heldout} held-out rows (--eval_rows) and "
-        f"{n_calibration} for calibration, of {context_size} tokens each, and, of other documents, "
-        f"for training (documents: {len(lengths):,}, different ones: "
-        f"{len(np.unique(hashes)):,}, tokens: {lengths.sum():,}{hint})"
-    )
-
-
-def topics_of(batch):
-    """{document number: label} of those that have one, None if none has."""
-    topics = {}
-    for number, label in zip(batch["number"], batch["label"]):
-        if label is not None:
-            topics[number] = label
-    return topics or None
-
-
-def report_of(documents, parts, rows):
-    """What was read and what became of it, as plain numbers."""
-    lengths = np.array(documents["length"][:])
-    hashes = np.array(documents["hash"][:])
-    numbers = np.array(documents["number"][:])
-    splits = {}
-    for part in SPLITS:
-        splits[part] = {
-            "documents": len(parts[part]),
-            "tokens": int(lengths[parts[part]].sum()),
-            "rows": len(rows[part]),
-        }
-    return {
-        "documents": int(numbers[-1]) + 1,
-        "empty": int(numbers[-1]) + 1 - len(numbers),
-        "duplicates": len(hashes) - len(np.unique(hashes)),
-        "cut": int(np.sum(documents["cut"][:])),
-        "tokens": int(lengths.sum()),
-        "special_dropped": int(np.sum(documents["dropped"][:])),
-        "splits": splits,
-        "heldout_documents": sorted(numbers[parts["heldout"]].tolist()),
-    }
+    if lacking["heldout"] or lacking["calibration"] or given < context_size:
+        raise ValueError(
+            f"--dataset {dataset}, {len(lengths):,} documents of {lengths.sum():,} tokens, is too "
+            f"small for {wanted['heldout'] // context_size} held-out rows (--eval_rows), "
+            f"{wanted['calibration'] // context_size} for calibration and one for training, of "
+            f"{context_size} tokens; in .txt and .md files a blank line parts documents"
+        )
+    if lacking["train"] > 0:
+        say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
+            "asked for; training goes round them")
 
 
 def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
@@ -1107,10 +939,9 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
 
     Documents are read in order until they fill the held-out, the calibration and the training
     rows; see split_documents. ValueError when there are too few. Further options as in Source."""
-    if context_size < 2 or min(harvest_tokens, eval_rows) < 1 or calibration_rows < 0:
+    if context_size < 2 or min(harvest_tokens, eval_rows, calibration_rows) < 1:
         raise ValueError(
-            "--context_size must be at least 2, --harvest_tokens and --eval_rows at least 1, and "
-            "--calibration_rows not negative"
+            "--context_size must be at least 2, --harvest_tokens and --eval_rows at least 1"
         )
     source = Source(dataset, cache_dir=cache_dir, **options)
     n_rows = {
@@ -1135,21 +966,18 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
     hashes = np.array(documents["hash"][:], np.int64)
     lengths = np.array(documents["length"][:], np.int64)
     parts = split_documents(hashes, lengths, wanted)
-    check_enough(dataset, parts, hashes, lengths, wanted, context_size)
+    check_enough(dataset, parts, lengths, wanted, context_size)
     tokens = datasets.List(datasets.Value("int32"), length=context_size)
     row = datasets.Features(tokens=tokens, doc=tokens)
     rows = {}
     for part, n in n_rows.items():
         make = functools.partial(pack, documents, parts[part], n, context_size, tokenizer)
-        packed = stored(make, row, f"{name}-{part}", cache_dir, empty=n == 0)
+        packed = stored(make, row, f"{name}-{part}", cache_dir)
         rows[part] = packed.with_format("numpy", dtype=np.int32)
     apart = documents[np.concatenate([parts["heldout"], parts["calibration"]])]
-    return Inputs(
-        **rows,
-        topics=topics_of(apart),
-        identity=identity,
-        report=report_of(documents, parts, rows),
-    )
+    labelled = zip(apart["number"], apart["label"])
+    topics = {number: label for number, label in labelled if label is not None}
+    return Inputs(**rows, topics=topics, identity=identity, documents=documents, parts=parts)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1232,7 +1060,9 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
             raise ValueError(f"--acts {path} holds NaN or infinity")
     doc = read_mask(mask_path, tuple(acts.shape[:2]))
     first = np.take_along_axis(doc, (doc > 0).argmax(axis=1)[:, None], axis=1)[:, 0]
-    order = np.array(sorted(range(len(acts)), key=functools.partial(row_order, first)))
+    # by the hash of a row's first document; rows without a document come last
+    keys = [(number == 0, sha256(str(number)), row) for row, number in enumerate(first)]
+    order = np.array([row for _, _, row in sorted(keys)])
     n_heldout = min(eval_rows, len(acts) // 4)
     n_calibration = min(calibration_rows, len(acts) // 8)
     if n_heldout < eval_rows:
@@ -1256,11 +1086,6 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     return Acts(acts, doc, train, heldout, calibration, identity)
 
 
-def row_order(documents, row):
-    """Sort key of a row: the hash of its first document. Rows without a document are last."""
-    return documents[row] == 0, sha256(str(documents[row])), row
-
-
 def sink_limit(norms):
     """Norm above which a token is an attention sink: 10 x the median of the ordinary tokens' norms.
 
@@ -1276,8 +1101,6 @@ def sink_limit(norms):
 # The command
 # ----------------------------------------------------------------------------------------
 
-SHOWN_ROWS = 3
-
 
 class Parser(argparse.ArgumentParser):
     """Bad usage is one sentence, as any other mistake."""
@@ -1287,81 +1110,67 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Command line -> options."""
+    """Command line -> options of text_rows. Names and defaults are those of experiment.py."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    models = ", ".join(name for name in EMBEDDED if EMBEDDED[name].n_layers)
     options = {
-        "model": (EMBEDDED_LM, f"an embedded model ({models}), a hub id, or a local folder"),
-        "dataset": (
-            EMBEDDED_TEXT,
-            "the embedded text, a hub data set, or a local file or folder: "
-            f"{ENDINGS}. In .txt and .md files a blank line parts documents",
-        ),
-        "dataset_config": ("", "config of a data set that has several"),
+        "model": (EMBEDDED_LM, "an embedded model, a hub id, or a local folder"),
+        "dataset": (EMBEDDED_TEXT, f"the embedded text, a hub data set, or a local path: {ENDINGS}"),
+        "dataset_config": ("", "configuration of a data set that has several"),
         "split": ("train", "split of the data set"),
-        "text_field": ("text", "column with the text; a.b inside a nested one; messages of a chat"),
-        "encoding": ("utf-8", "of .txt, .md, .json and .csv files"),
+        "text_field": ("text", "column that holds the text; a.b reads a nested one"),
+        "encoding": ("utf-8", "of local text files"),
         "context_size": (128, "tokens a row, BOS included"),
         "harvest_tokens": (524_288, "training tokens"),
         "eval_rows": (464, "held-out rows"),
-        "calibration_rows": (128, "rows of further documents, for thresholds"),
-        "cache_dir": ("", "default $TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae"),
+        "cache_dir": ("", "if empty, $TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae"),
     }
     for name, (default, text) in options.items():
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
-        )
+        text = f"{text} [{default}]"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     return parser.parse_args(argv)
 
 
-def show(inputs, model, cache_dir):
+def show(inputs, tokenizer):
     """Print what a run would train on."""
-    report = inputs.report
-    print(f"documents read   {report['documents']:,}")
-    print(f"  without text   {report['empty']:,}")
-    print(f"  repeated       {report['duplicates']:,} (equal texts stay in one split)")
-    print(f"  cut            {report['cut']:,} (longer than all that is wanted)")
-    print(f"tokens read      {report['tokens']:,}")
-    print(f"  dropped        {report['special_dropped']:,} special tokens spelt out in texts")
-    for part in ("train", "calibration", "heldout"):
-        counts = report["splits"][part]
-        print(f"{part:16s} {counts['documents']:,} documents, {counts['tokens']:,} tokens -> "
-              f"{counts['rows']:,} rows")
-    topics = inputs.topics or {}
-    print(f"topics           {len(set(topics.values())):,}, in {len(topics):,} documents of "
-          "calibration and heldout")
-    held = report["heldout_documents"]
-    more = f", ... {held[-1]}" if len(held) > 8 else ""
+    read = inputs.documents.with_format("numpy")
+    numbers, lengths, hashes = read["number"][:], read["length"][:], read["hash"][:]
+    n = numbers[-1] + 1
+    print(f"documents read   {n:,}")
+    print(f"  without text   {n - len(numbers):,}")
+    repeated = len(hashes) - len(np.unique(hashes))
+    print(f"  repeated       {repeated:,} (equal texts stay in one split)")
+    print(f"  cut            {read['cut'][:].sum():,} (longer than all that is wanted)")
+    print(f"tokens read      {lengths.sum():,}")
+    print(f"  dropped        {read['dropped'][:].sum():,} special tokens spelt out in texts")
+    for part in SPLITS:
+        chosen = inputs.parts[part]
+        print(f"{part:16s} {len(chosen):,} documents, {lengths[chosen].sum():,} tokens -> "
+              f"{len(getattr(inputs, part)):,} rows")
+    print(f"topics           {len(set(inputs.topics.values())):,}, in {len(inputs.topics):,} "
+          "documents of heldout and calibration")
     print("held out are the documents whose text has the lowest SHA-256: numbers "
-          f"{', '.join(map(str, held[:8]))}{more}")
-    tokenizer = load_tokenizer(model, cache_dir)
-    for i, row in enumerate(inputs.train[:SHOWN_ROWS]["tokens"]):
-        print(f"--- training row {i}")
-        print(tokenizer.decode(row))
+          f"{', '.join(map(str, sorted(numbers[inputs.parts['heldout']])[:8]))}, ...")
+    for i, row in enumerate(inputs.train[:3]["tokens"]):
+        print(f"--- training row {i}\n{tokenizer.decode(row)}")
 
 
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 failed, 2 the user's mistake, 130 interrupted."""
     try:
         options = vars(parse(argv))
-        model = options.pop("model")
-        dataset = options.pop("dataset")
-        check_model(model, 0, options["context_size"])
-        inputs = text_rows(dataset, model, **options)
-        show(inputs, model, options["cache_dir"])
+        check_model(options["model"], 0, options["context_size"])
+        inputs = text_rows(**options)
+        show(inputs, load_tokenizer(options["model"], options["cache_dir"]))
         return 0
     except KeyboardInterrupt:
         say("stopped")
         return 130
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tokenizers import ByteLevelBPETokenizer
 
 import bench
@@ -652,10 +656,10 @@ def test_no_document_is_in_two_splits_and_those_held_out_are_spread(tiny):
     inputs = rows_of(tiny["dataset"], tiny["model"])
     trained, held, calibration = (documents_in(getattr(inputs, split)) for split in SPLITS)
     assert not trained & held and not trained & calibration and not held & calibration
-    n_read = inputs.report["documents"]
+    n_read = inputs.documents["number"][-1] + 1
     hashes = [hashlib.sha256(row["text"].encode()).hexdigest() for row in STORIES[:n_read]]
     in_order = sorted(range(n_read), key=hashes.__getitem__)
-    reported = set(inputs.report["heldout_documents"])
+    reported = set(inputs.documents[inputs.parts["heldout"]]["number"])
     assert held <= reported == set(in_order[: len(reported)]) and len(reported - held) <= 1
     assert 0.3 < np.mean(list(held)) / n_read < 0.7
 
@@ -674,15 +678,15 @@ def test_equal_texts_stay_on_one_side(work, lm_dir):
     for split in SPLITS:
         sides.append({n % 20 for n in documents_in(getattr(inputs, split))})
     assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
-    assert inputs.report["duplicates"] > 50
+    assert len(np.unique(inputs.documents["hash"][:])) + 50 < len(inputs.documents)
 
 
 def test_an_endless_document_is_cut_and_special_tokens_spelt_out_are_dropped(work, lm_dir, capsys):
     endless = {"text": "ship <bos> wave <eos> " * 40_000}
     path = write(work / "endless.jsonl", json_lines([endless, *STORIES]))
     inputs = rows_of(path, lm_dir, harvest_tokens=1024)
-    assert inputs.report["cut"] == 1 and inputs.report["special_dropped"] > 100
-    assert inputs.report["tokens"] < 30_000
+    assert sum(inputs.documents["cut"][:]) == 1 and sum(inputs.documents["dropped"][:]) > 100
+    assert sum(inputs.documents["length"][:]) < 30_000
     assert not any((getattr(inputs, split)[:]["tokens"] == 1).any() for split in SPLITS)
     rows_of(path, lm_dir, harvest_tokens=10**6)
     assert "training goes round them" in capsys.readouterr().err, "a small text says so"
@@ -743,20 +747,12 @@ def test_text_is_read_as_it_comes(work, name):
     assert [text.strip() for text, _ in found] == expected
 
 
-LABELS = [("sea", "sea"), (0, "0"), (7, "7"), (False, "False"), ("", None), (None, None),
-          (math.nan, None), (["sea"], None), ({"name": "sea"}, None)]
-
-
-@pytest.mark.parametrize("given, label", LABELS, ids=str)
-def test_a_topic_is_a_label_if_it_is_a_plain_value(given, label):
-    assert prepare.label_of({"text": "x", "topic": given}) == label
-
-
 def test_the_command_shows_what_a_run_would_train_on(tiny, capsys):
-    words = argv(SIZES, dataset=tiny["dataset"], model=tiny["model"])
+    words = argv(SIZES, dataset=tiny["dataset"], model=tiny["model"], calibration_rows=None)
     assert prepare.main(words) == 0
     printed = capsys.readouterr().out
-    n_read = rows_of(tiny["dataset"], tiny["model"]).report["documents"]
+    inputs = rows_of(tiny["dataset"], tiny["model"], calibration_rows=128)
+    n_read = inputs.documents["number"][-1] + 1
     assert f"documents read   {n_read}" in printed and "training row 0" in printed
     refused(capsys, 2, "--split", prepare.main, [*words, "--split", "no_such"])
 
@@ -1050,34 +1046,25 @@ def test_an_sae_without_a_run_knows_its_layer(base, work, tiny, capsys):
         assert answer in printed and ("scored with layer" in printed) == bool(answer)
 
 
-def test_what_is_saved_is_proven_to_be_what_was_trained(work, quick):
-    cfg = config(quick, sparsity="l1")
-    sae = experiment.SAE(cfg, D_IN).requires_grad_(False)
-    sae.initialise("xavier", torch.zeros(D_IN), 0)
-    experiment.save_sae(sae, work / "proven", cfg, torch.randn(8, D_IN))
-    experiment.prove_saved(sae, work / "proven")
-    sae.W_dec[0, 0] += 1e-6
-    with pytest.raises(RuntimeError, match="not the trained one"):
-        experiment.prove_saved(sae, work / "proven")
-    assert not (work / "proven" / "cfg.json").exists()  # so --resume trains this seed again
-
-
-@pytest.mark.parametrize("times, fine", [(1, True), (2, False)])
-def test_a_code_on_the_threshold_may_be_on_or_off(work, quick, times, fine):
-    cfg = config(quick)
-    sae = experiment.SAE(cfg, D_IN).requires_grad_(False)
+@pytest.mark.parametrize("code, proven", [(0, True), (0.5, True), (1, False)])
+def test_what_is_saved_is_proven_to_be_what_was_trained(work, quick, code, proven):
+    """A code on the very threshold, .5, may be on or off; any other must be as it was."""
+    sae = experiment.SAE(config(quick), D_IN).requires_grad_(False)
     sae.initialise("xavier", torch.zeros(D_IN), 0)
     sae.threshold.fill_(0.5)
-    folder = work / f"edge_{times}"
-    experiment.save_sae(sae, folder, cfg, torch.randn(8, D_IN))
+    folder = work / f"proven_{code}"
+    experiment.save_sae(sae, folder, config(quick), torch.randn(8, D_IN))
     found = load_file(folder / "reference.safetensors")
     token, latent = (found["acts"] == 0).nonzero()[0].tolist()
-    found["acts"][token, latent] = 0.5 * times
+    found["acts"][token, latent] = code
     found["x_hat"] = sae.decode(found["acts"], found["x"])
     save_file(found, folder / "reference.safetensors")
-    outcome = contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match="trained one")
-    with outcome:
+    if proven:
         experiment.prove_saved(sae, folder)
+        sae.W_dec[0, 0] += 1e-6
+    with pytest.raises(RuntimeError, match="not the trained one"):
+        experiment.prove_saved(sae, folder)
+    assert not (folder / "cfg.json").exists()  # so --resume trains this seed again
 
 
 @pytest.fixture(scope="session")
@@ -1122,11 +1109,6 @@ def test_variants_train_and_save_what_they_trained(run, quick, name):
     log = log_of(folder.parent)
     assert log[-1]["recon"] < log[0]["recon"] and all(map(math.isfinite, log[-1].values()))
     sae = evaluate.load_sae(folder)
-    reference = load_file(folder / "reference.safetensors")
-    acts = sae.encode(reference["x"])
-    assert reference["x"].shape == (8, D_IN) and acts.count_nonzero() > 0
-    assert torch.allclose(acts, reference["acts"], atol=1e-6)
-    assert torch.allclose(sae.decode(acts, reference["x"]), reference["x_hat"], atol=1e-6)
     x = experiment.Harvest(config(quick, **VARIANTS[name])).calibration_tokens()
     codes = sae.encode(x)
     unexplained = (x - sae.decode(codes, x)).square().sum() / (x - x.mean(0)).square().sum()
@@ -1501,14 +1483,7 @@ def test_spans_and_positions_equal_loops(consistency, hand):
             runs += (f[r, t] != 0) & ~before
     fires = (valid != 0).sum(0)
     expect(consistency["span"], [a / b if b else None for a, b in zip(fires, runs)], hand)
-    between = np.zeros(64)
-    for t in range(1, 32):
-        here = hand.ok[:, t]
-        between += here.sum() * (f[:, t][here].mean(0) - valid.mean(0)) ** 2
-    invariance = 1 - between / np.maximum(len(valid) * valid.var(0), 1e-12)
-    expect(consistency["position_invariance"], invariance, hand)
-    kept = fires >= 20
-    z = ((f - valid.mean(0)) / np.maximum(valid.std(0), 1e-9))[..., kept]
+    z = ((f - valid.mean(0)) / np.maximum(valid.std(0), 1e-9))[..., fires >= 20]
     for p, q in ((1, 2), (3, 3), (5, 9)):
         cell = [np.mean(z[r, p] * z[r, q]) for r, piece in hand.segments() if {p, q} <= set(piece)]
         close(consistency["position_corr"]["codes"][p][q], np.mean(cell), 1e-3, 1e-4)
@@ -1538,29 +1513,13 @@ def test_neighbours_equal_loops_over_rows(consistency, hand, group):
     close([consistency[name][group] for name in names], expected, 5e-5)
 
 
-def auroc(score, y):
-    """Share of (positive, negative) pairs in the right order; ties count half."""
-    gap = np.asarray(score)[y][:, None] - np.asarray(score)[~y]
-    return (gap > 0).mean() + (gap == 0).mean() / 2
-
-
 def probe_by_hand(train, test, y_train, y_test, members, k):
-    """AUROC of a logistic probe on the k columns of `members` whose class means differ most.
-
-    The probe (penalty |w|^2 / 2, none on the bias) is fitted by Newton's method.
-    """
+    """AUROC of a logistic probe on the k columns of `members` whose class means differ most."""
     gap = np.abs(train[y_train].mean(0) - train[~y_train].mean(0))
     best = sorted(members, key=lambda i: -gap[i])[:k]
-    deviation = train[:, best].std(0)
-    x = train[:, best] / np.where(deviation > 0, deviation, 1)
-    x = np.column_stack([x, np.ones(len(x))])
-    penalty = np.diag([1.0] * len(best) + [1e-9])
-    w = np.zeros(len(best) + 1)
-    for _ in range(30):
-        p = 1 / (1 + np.exp(-x @ w))
-        hessian = (x.T * (p * (1 - p))) @ x + penalty
-        w -= np.linalg.solve(hessian, x.T @ (p - y_train) + penalty @ w)
-    return auroc(test[:, best] / np.where(deviation > 0, deviation, 1) @ w[:-1], y_test)
+    probe = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(max_iter=1000))
+    probe.fit(train[:, best], y_train)
+    return roc_auc_score(y_test, probe.decision_function(test[:, best]))
 
 
 @pytest.fixture(scope="session")
@@ -1627,32 +1586,16 @@ def test_the_probe_of_token_classes_equals_a_slow_probe(consistency, hand, in_tr
 
 def id_accuracy_by_hand(f, order):
     """Accuracy of a multinomial probe for which document, 25 lines each, a line of f comes from."""
-    n_documents = len(f) // 25
-    train = order[: int(0.75 * len(order))]
-    test = order[int(0.75 * len(order)) :]
-    y = np.repeat(np.arange(n_documents), 25)
+    train, test = np.split(order, [int(0.75 * len(order))])
+    y = np.repeat(np.arange(len(f) // 25), 25)
     columns = set()
-    for number in range(n_documents):
+    for number in range(len(f) // 25):
         here = y[train] == number
         gap = f[train][here].mean(0) - f[train][~here].mean(0)
         columns |= set(np.argsort(-gap, kind="stable")[:5].tolist())
     f = f[:, sorted(columns)]
-    x = torch.from_numpy(f / np.where(f[train].std(0) > 0, f[train].std(0), 1))
-    w = torch.zeros(x.shape[1] + 1, n_documents, dtype=torch.float64, requires_grad=True)
-    target = torch.from_numpy(y)
-    solver = torch.optim.LBFGS([w], max_iter=300, line_search_fn="strong_wolfe")
-
-    def loss():
-        solver.zero_grad()
-        logits = x[train] @ w[:-1] + w[-1]
-        value = 0.1 * F.cross_entropy(logits, target[train], reduction="sum")
-        value = value + w[:-1].square().sum() / 2
-        value.backward()
-        return value
-
-    solver.step(loss)
-    right = (x[test] @ w[:-1] + w[-1]).argmax(1) == target[test]
-    return right.double().mean().item()
+    probe = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(C=0.1, max_iter=1000))
+    return probe.fit(f[train], y[train]).score(f[test], y[test])
 
 
 def test_document_id_equals_a_slow_probe(consistency, hand):
@@ -1713,23 +1656,11 @@ def test_the_boundary_equals_a_loop_over_places(consistency, hand):
             look(r, piece[-8:], following[:8], True)
     assert [found["joins"], found["inside"]] == [len(distance[True]), len(distance[False])]
     is_join = np.arange(sum(map(len, distance.values()))) < found["joins"]
-    close(found["lead"], auroc(distance[True] + distance[False], is_join), floor=1e-3)
+    close(found["lead"], roc_auc_score(is_join, distance[True] + distance[False]), floor=1e-3)
 
 
 def test_the_null_is_what_tokens_permuted_inside_their_segment_give(consistency, hand):
     """Its expectation has a closed form: every pair of a segment is as likely as any other."""
-    kept = (hand.f[hand.ok] != 0).sum(0) >= 20
-    for lag, at in ((1, 0), (4, 2)):
-        sums = np.zeros((4, 64))  # of f_s f_t, of f, of f^2, number of pairs
-        for r, piece in hand.segments():
-            n = len(piece)
-            total = hand.f[r, piece].sum(0)
-            square = (hand.f[r, piece] ** 2).sum(0)
-            product = (total**2 - square) / max(n * (n - 1), 1)
-            sums += max(n - lag, 0) * np.array([product, total / n, square / n, np.ones(64)])
-        product, mean, square = sums[:3] / sums[3]
-        rho = ((product - mean**2) / (square - mean**2))[kept]
-        close(consistency["autocorr_null"]["whole"]["mean"][at], rho.mean(), floor=0.03)
     rho, null = (consistency[name]["whole"]["mean"][0] for name in ("autocorr", "autocorr_null"))
     assert rho > null + 0.03, "order means nothing here"
     seg = evaluate.segment_ids(hand.doc)
@@ -1933,15 +1864,6 @@ def test_resuming_is_exact(work, run, quick, name):
     assert not (out / "checkpoint").exists() and not list(out.rglob("*.part"))
 
 
-def test_a_harvest_in_parts_trains_as_well(run, quick):
-    """Three parts, each passed over once and let go."""
-    recon = []
-    for name in ("early and late", "a harvest in parts"):
-        log = log_of(run(f"whole {name}", quick, **LONG | STOPS[name][0]))
-        recon.append(np.mean([line["recon"] for line in log[-20:]]))
-    close(recon[1], recon[0], rel=0.05)
-
-
 def test_a_stop_while_harvesting_leaves_no_run_and_loses_no_shard(work, quick, capsys):
     out = work / "stopped_harvest"
     cache = work / "stopped_harvest_cache"
@@ -2060,7 +1982,6 @@ def test_bare_names_land_in_runs_and_study_is_the_table_s():
 # ------------------------------------------------------------------------------------------------
 
 BAD_TEXTS = {
-    "text.npy": "these are no numbers",
     "empty.txt": "",
     "short.txt": "one\n\ntwo",
     "special.txt": "\n\n".join(["<bos> <eos>"] * 50),
@@ -2068,7 +1989,6 @@ BAD_TEXTS = {
     "latin.txt": b"caf\xe9\n\n" * 900,
     "broken.jsonl": '{"text": "fine"}\n{"text": \n',
     "numbers.jsonl": '{"text": 5}\n{"text": 6}\n',
-    "lists.jsonl": '{"text": ["a", "b"]}\n',
     "records.jsonl": '{"text": [{"speaker": "x"}]}\n',
     "nested.jsonl": '{"a": {"b": "x"}}\n',
     "bytes.jsonl": b'{"text": "\xff\xfe"}\n',
@@ -2081,7 +2001,6 @@ BAD_TEXTS = {
     "not_a_model/x": "",
     "bad_config/config.json": "{",
     "bert/config.json": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
-    "t5/config.json": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
     "llava/config.json": {"model_type": "llava"},
 }
 
@@ -2091,13 +2010,11 @@ def bad_arrays():
     x = np.random.default_rng(0).normal(size=(16, 16, 6)).astype(np.float32)
     nan = x.copy()
     nan[3, 2, 1] = np.nan
-    inf = x.copy()
-    inf[15, 0, 0] = np.inf
     return {
-        "good": x, "nan": nan, "inf": inf, "rank2": x[0], "int": x.astype(int),
-        "float64": x.astype(float), "few": x[:7], "odd": x[:, :13], "empty": x[:0], "zero": 0 * x,
+        "good": x, "nan": nan, "rank2": x[0],
+        "float64": x.astype(float), "few": x[:7], "odd": x[:, :13], "zero": 0 * x,
         "constant": 0 * x + np.float32(1.7), "fortran": np.asfortranarray(x),
-        "mask_float": x[..., 0], "mask_shape": np.ones((16, 15), int),
+        "mask_shape": np.ones((16, 15), int),
         "mask_one": np.ones((16, 16), int), "mask_negative": -np.ones((16, 16), int)}
 
 
@@ -2105,12 +2022,10 @@ def bad_models(folder, lm_dir):
     """Copies of the model, each with something wrong; foreign code would make the file `marker`."""
     whole = load_file(lm_dir / "model.safetensors")
     for name in ("no_weights", "cut_weights", "pickled_weights", "remote_code", "no_specials",
-                 "no_head", "no_embeddings", "no_tokenizer", "small_embedding"):
+                 "no_head", "no_tokenizer", "small_embedding"):
         shutil.copytree(lm_dir, folder / name)
-    for name, missing in (("no_head", "lm_head.weight"),
-                          ("no_embeddings", "model.embed_tokens.weight")):
-        kept = {key: tensor for key, tensor in whole.items() if key != missing}
-        save_file(kept, folder / name / "model.safetensors", {"format": "pt"})
+    del whole["lm_head.weight"]
+    save_file(whole, folder / "no_head" / "model.safetensors", {"format": "pt"})
     (folder / "no_weights" / "model.safetensors").unlink()
     (folder / "pickled_weights" / "model.safetensors").unlink()
     evil = {"lm_head.weight": Evil(folder / "marker")}
@@ -2139,20 +2054,17 @@ def bad(work, lm_dir):
         write(folder / name, content)
     for name, array in bad_arrays().items():
         np.save(folder / f"{name}.npy", array)
-    np.savez(folder / "zip.npz", x=np.zeros(3))
     evil = np.array([Evil(folder / "marker")], dtype=object)
     np.save(folder / "pickle.npy", evil, allow_pickle=True)
-    write(folder / "cut.npy", (folder / "good.npy").read_bytes()[:-1000])
     save_file({"a": torch.zeros(9, 4, 3), "b": torch.zeros(2)}, folder / "two.safetensors")
     bad_models(folder, lm_dir)
     return folder
 
 
-# Refused before the data are read or a model is loaded: settings, words of the answer
+# Refused before a model is loaded: settings, words of the answer
 BAD_SETTINGS = {
     "unknown flag": ({"kk": 3}, "--kk"),
     "abbreviated flag": ({"lay": 1}, "--lay"),
-    "k not a number": ({"k": "abc"}, "--k"),
     "k zero": ({"k": 0}, "--k"),
     "k above d_sae": ({"k": 65}, "--d_sae"),
     "layer too high": ({"layer": 3}, "layers 0 to 2"),
@@ -2163,8 +2075,6 @@ BAD_SETTINGS = {
     "chunk does not divide batch": ({"batch_size": 100}, "--batch_size"),
     "context beyond the model": ({"context_size": 128}, "64 positions"),
     "lr nan": ({"lr": "nan"}, "--lr"),
-    "lr infinite": ({"lr": "inf"}, "--lr"),
-    "temp_alpha negative": ({"temp_alpha": -0.1}, "--temp_alpha"),
     "temporal_fraction above one": ({"temporal_fraction": 1.5}, "--temporal_fraction"),
     "unknown sparsity": ({"sparsity": "relu"}, "batchtopk"),
     "l1 with gelu": ({"sparsity": "l1", "nonlinearity": "gelu"}, "relu"),
@@ -2173,12 +2083,10 @@ BAD_SETTINGS = {
     "unknown device": ({"device": "abacus"}, "--device"),
     "cuda that is not there": ({"device": "cuda"}, "CUDA"),
     "flag with a value": ({"layernorm": "yes"}, "yes"),
-    "no seeds": ({"n_seeds": 0}, "--n_seeds"),
     "seed too large": ({"seed": 2**70}, "--seed"),
     "no rows for other metrics": ({"eval_rows": 8, "reconstruction_rows": 8}, "--eval_rows"),
-    "no cache": ({"cache_gb": 0}, "--cache_gb"),
     "mask without acts": ({"acts_mask": "x.npy"}, "--acts_mask"),
-    "unknown encoding": ({"encoding": "klingon"}, "--encoding"),
+    "unknown encoding": ({"encoding": "klingon"}, "unknown encoding"),
     "resume and overwrite": ({"resume": True, "overwrite": True}, "exclude"),
     "resume nothing": ({"resume": True}, "no run"),
     "out_dir a file": ({"out_dir": "{bad}/file"}, "--out_dir"),
@@ -2189,29 +2097,25 @@ BAD_SETTINGS = {
     "model config broken": ({"model": "{bad}/bad_config"}, "--model"),
     "model wants its own code run": ({"model": "{bad}/remote_code"}, "--model"),
     "model BERT": ({"model": "{bad}/bert"}, "BertForMaskedLM, not a causal"),
-    "model T5": ({"model": "{bad}/t5"}, "T5ForConditionalGeneration, not a causal"),
     "model LLaVA": ({"model": "{bad}/llava"}, "not a causal"),
     "text missing": ({"dataset": "./missing.jsonl"}, "missing.jsonl"),
-    "text empty": ({"dataset": "{bad}/empty.txt"}, "no document"),
+    "text empty": ({"dataset": "{bad}/empty.txt"}, "holds no text"),
     "text of another kind": ({"dataset": "{bad}/table.xls"}, ".jsonl"),
     "text in another encoding": ({"dataset": "{bad}/latin.txt"}, "--encoding"),
     "folder without text": ({"dataset": "{bad}/folder"}, "folder holds no file"),
     "no such split": ({"split": "test"}, "--split"),
-    "no such column": ({"text_field": "body"}, "one of text, topic"),
-    "nested column": ({"dataset": "{bad}/nested.jsonl"}, "one of a.b"),
-    "lines of numbers": ({"dataset": "{bad}/numbers.jsonl"}, "--text_field text holds int"),
-    "lines of lists": ({"dataset": "{bad}/lists.jsonl"}, "--text_field text holds list"),
-    "records without content": ({"dataset": "{bad}/records.jsonl"}, "without content"),
+    "no such column": ({"text_field": "body"}, "the columns are text, topic"),
+    "nested column": ({"dataset": "{bad}/nested.jsonl"}, "the columns are a"),
+    "lines of numbers": ({"dataset": "{bad}/numbers.jsonl"}, "--text_field text is no text"),
+    "records without content": ({"dataset": "{bad}/records.jsonl"}, "holds no text"),
     "parquet broken": ({"dataset": "{bad}/broken.parquet"}, "broken.parquet cannot be read"),
 }
 # Refused once the data or the model have been looked at
 GOOD = {"acts": "{bad}/good.npy"}
 BAD_DATA = {
-    "weights missing": ({"model": "{bad}/no_weights"}, "its weights cannot be loaded"),
     "weights cut": ({"model": "{bad}/cut_weights"}, "its weights cannot be loaded"),
     "weights pickled": ({"model": "{bad}/pickled_weights"}, "its weights cannot be loaded"),
     "no LM head": ({"model": "{bad}/no_head"}, "lm_head.weight"),
-    "no embeddings": ({"model": "{bad}/no_embeddings"}, "embed_tokens.weight"),
     "no tokenizer": ({"model": "{bad}/no_tokenizer"}, "tokenizer"),
     "tokenizer without BOS": ({"model": "{bad}/no_specials"}, "BOS"),
     "embedding too small": ({"model": "{bad}/small_embedding"}, "beyond the 300 of the model"),
@@ -2224,24 +2128,16 @@ BAD_DATA = {
     "batch above the harvest": ({"batch_size": 8192 * 4}, "--batch_size"),
     "cache too small": ({"cache_gb": 1e-6}, "--cache_gb"),
     "acts of rank 2": ({"acts": "{bad}/rank2.npy"}, "(N,T,d_in)"),
-    "acts whole numbers": ({"acts": "{bad}/int.npy"}, "float32"),
     "acts float64": ({"acts": "{bad}/float64.npy"}, "float32"),
     "acts with NaN": ({"acts": "{bad}/nan.npy"}, "NaN"),
-    "acts with infinity": ({"acts": "{bad}/inf.npy"}, "infinity"),
     "acts too few": ({"acts": "{bad}/few.npy"}, "8 are needed"),
     "acts rows of odd length": ({"acts": "{bad}/odd.npy"}, "--chunk_size"),
-    "acts empty": ({"acts": "{bad}/empty.npy"}, "--acts"),
     "acts all zero": ({"acts": "{bad}/zero.npy", "batch_size": 64}, "ordinary token"),
     "acts constant": ({"acts": "{bad}/constant.npy", "batch_size": 64}, "no variance"),
-    "acts text": ({"acts": "{bad}/text.npy"}, ".npy"),
-    "acts cut": ({"acts": "{bad}/cut.npy"}, "--acts"),
     "acts pickled": ({"acts": "{bad}/pickle.npy"}, "--acts"),
-    "acts zipped": ({"acts": "{bad}/zip.npz"}, "--acts"),
-    "acts a folder": ({"acts": "{bad}/folder"}, "--acts"),
     "acts in Fortran order": ({"acts": "{bad}/fortran.npy"}, "ascontiguousarray"),
     "acts of two tensors": ({"acts": "{bad}/two.safetensors"}, "a, b"),
     "mask of another shape": (GOOD | {"acts_mask": "{bad}/mask_shape.npy"}, "(16, 16)"),
-    "mask of floats": (GOOD | {"acts_mask": "{bad}/mask_float.npy"}, "integers"),
     "mask negative": (GOOD | {"acts_mask": "{bad}/mask_negative.npy"}, "document's number"),
     "mask of one document": (GOOD | {"acts_mask": "{bad}/mask_one.npy"}, "too few documents"),
     "mask pickled": (GOOD | {"acts_mask": "{bad}/pickle.npy"}, "--acts_mask"),
@@ -2397,12 +2293,6 @@ def child(words, report, how):
     torch.set_num_threads(1)
     os.environ.update(how.get("environ", {}))
     os.chdir(how.get("cwd", HERE))
-    import resource  # not on Windows
-    if "memory" in how:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + how["memory"],) * 2)
-    if "file_size" in how:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (how["file_size"],) * 2)
     for name in OURS:
         sys.modules.pop(name, None)  # they read RANK when they are imported
     for name in how.get("without", ()):
@@ -2496,22 +2386,6 @@ def test_killed_at_random_a_run_still_ends_the_same(work, run, quick, processes)
     whole = run("whole early and late", quick, **LONG)
     assert weight_hash(out) == weight_hash(whole) and log_of(out) == log_of(whole)
     assert not list(out.rglob("*.part"))
-
-
-TROUBLE = {"no memory": ({"d_sae": 20_000_000}, {"memory": 10**9}, "--d_sae"),
-           "no room for a file": ({}, {"file_size": 200_000}, "error: ")}
-
-
-@pytest.mark.parametrize("name", TROUBLE)
-def test_a_machine_that_is_too_small_is_said_in_a_sentence(work, quick, processes, name):
-    changes, how, words = TROUBLE[name]
-    cache = work / name / "cache"
-    report = work / f"{name}.txt"
-    settings = quick | {"out_dir": work / name / "run", "cache_dir": cache, "overwrite": True}
-    ended([processes(argv(settings, **changes), report, **how)], report, 1)
-    assert words in said(report).splitlines()[-1] and "Traceback" not in said(report)
-    assert not list(cache.rglob("*.part"))
-    ended([processes(argv(settings), report)], report)
 
 
 def test_two_runs_make_one_cache_at_the_same_time(work, quick, processes):
