@@ -466,7 +466,7 @@ def frontier(records):
     full = [run for run in full if all(run.config.get(key) == reference.get(key) for key in same)]
     full = near_the_best(full)
     points = [(run.label, run.colour, run.marker, "none", [run]) for run in full]
-    panels = [("Whole runs; hollow: L0 over 1 % off", points)]
+    panels = [("Whole runs", points)]
     grid = []
     if not records.chosen:
         short = [run for run in records.grid if not run.name.startswith("control_")]
@@ -475,7 +475,8 @@ def frontier(records):
         panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
     height = 0.5 + 3.6 * len(panels)
     figure, axes = plt.subplots(len(panels), 2, figsize=(9, height), squeeze=False, sharey="row")
-    heading(figure, "What it costs", errors_over([len(run.scores["l0"]) for run in grid + full]))
+    errors = errors_over([len(run.scores["l0"]) for run in grid + full])
+    heading(figure, "What it costs", f"{errors}; hollow: L0 over 1 % off")
     for row, (title, curves) in zip(axes, panels):
         for ax, metric in zip(row, FRONTIER):
             frontier_panel(ax, metric, curves)

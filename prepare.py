@@ -438,7 +438,8 @@ def load_lm(model, dtype, device, cache_dir=""):
         model, cache_dir, transformers.AutoModelForCausalLM, "weights", dtype=dtype,
         use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
     )
-    lacking = [*sorted(found["missing_keys"]), *(key[0] for key in found["mismatched_keys"])]
+    mismatched = [name for name, *_ in found["mismatched_keys"]]
+    lacking = sorted(found["missing_keys"]) + mismatched
     if lacking:
         raise ValueError(
             f"--model {model}: its files lack {len(lacking)} of the weights of a "

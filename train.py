@@ -95,6 +95,17 @@ for alpha in (2, 20, 200, 600, 1000, 2000, 6000):
     flags = f"{SHORT} {LEAD} --temp_loss infonce --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_a{alpha}"] = flags
 
+# The rival "tuned" is the best of these whole runs: of T-SAE's loss in both forms, its weight and
+# that of the Matryoshka term.
+for loss, alpha, matryoshka in (
+        ("infonce", 200, 0.25), ("infonce", 500, 0.25), ("infonce", 2000, 0.25),
+        ("infonce_dot", 0.05, 0.25), ("infonce_dot", 0.1, 0.25), ("infonce_dot", 0.2, 0.25),
+        ("infonce_dot", 0.5, 0.25), ("infonce_dot", 0.25, 0.05), ("infonce_dot", 0.5, 0.05)):
+    flags = f"{LEAD} --temp_loss {loss} --temp_alpha {alpha} --matryoshka_alpha {matryoshka}"
+    GRID[f"sweep_{loss}_a{alpha}_m{matryoshka}"] = flags
+# A control at the full budget
+GRID["whole_permuted"] = "--control permuted --n_seeds 3"
+
 ALL = STUDY | GRID
 
 # ------------------------------------------------------------------------------------------------
