@@ -13,9 +13,8 @@ Read from a run's directory: config.json, final_info.json, log.jsonl, latents.js
 consistency.json (of each seed in seed_K/ where a run has several). Read from runs/study.csv, one
 row a run and seed: the columns run, seed, temp_loss, temp_alpha, window, temporal_fraction and k,
 then the headline numbers under their names in final_info.json; an empty cell is undefined. The
-short runs of the grid of windows, weights, leading shares and losses have names that begin with
-grid_; grid_base is their baseline (weight 0). Short runs whose names begin with control_ stand in
-the table of the grid only.
+short runs of the grid of windows, weights, leading shares and losses, which pictures show, have
+names that begin with grid_; grid_base is their baseline (weight 0).
 """
 import argparse
 import contextlib
@@ -187,14 +186,13 @@ def run_path(name, runs_dir, needs):
     raise ValueError(f"no run {name}: {needs} is in none of {tried}")
 
 
-def read_grid(path):
-    """The short runs of study.csv, grid_* and control_*: name, config, scores as in Run."""
+def read_table(path):
+    """The runs of study.csv: name, config, scores as in Run."""
     found = defaultdict(list)
     if path.exists():
         for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-            if row["run"].startswith(("grid_", "control_")):
-                found[row["run"]].append(row)
-    grid = []
+            found[row["run"]].append(row)
+    table = []
     for name, rows in found.items():
         numbers = {}
         for column in rows[0]:
@@ -203,8 +201,8 @@ def read_grid(path):
         shape = ("temp_alpha", "window", "temporal_fraction", "k")
         config = {column: numbers[column][0] for column in shape}
         config["temp_loss"] = rows[0]["temp_loss"]
-        grid.append(SimpleNamespace(name=name, config=config, scores=numbers))
-    return grid
+        table.append(SimpleNamespace(name=name, config=config, scores=numbers))
+    return table
 
 
 @dataclass
@@ -212,8 +210,13 @@ class Records:
     """What a picture is drawn from."""
 
     runs: list  # of Run
-    grid: list  # of the short runs in study.csv
+    table: list  # of the runs in study.csv
     chosen: bool  # the user named the runs
+
+    @property
+    def grid(self):
+        """The short runs of the grid."""
+        return [run for run in self.table if run.name.startswith("grid_")]
 
     def run(self, name):
         """The run of this name; KeyError if there is none."""
@@ -243,8 +246,8 @@ class Records:
 
 
 def read_records(runs, runs_dir, chosen=False):
-    """These runs with the short ones of study.csv."""
-    return Records(runs, read_grid(runs_dir / "study.csv"), chosen)
+    """These runs with those of study.csv."""
+    return Records(runs, read_table(runs_dir / "study.csv"), chosen)
 
 
 def judged_rows(run):
@@ -469,8 +472,7 @@ def frontier(records):
     panels = [("Whole runs", points)]
     grid = []
     if not records.chosen:
-        short = [run for run in records.grid if not run.name.startswith("control_")]
-        grid = near_the_best([run for run in short if on_frontier(run)])
+        grid = near_the_best([run for run in records.grid if on_frontier(run)])
     if len(grid) > 1:
         panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
     height = 0.5 + 3.6 * len(panels)
@@ -599,8 +601,8 @@ def grid_slices(grid):
 
     -> [(what varies, what is fixed, {(value, weight): run})] of those with two values or more
     """
-    runs = [run for run in grid if run.name.startswith("grid_")
-            and run.config["temp_loss"] == next(iter(LOSSES)) and run.config["temp_alpha"] > 0]
+    runs = [run for run in grid if run.config["temp_loss"] == next(iter(LOSSES))]
+    runs = [run for run in runs if run.config["temp_alpha"] > 0]
     if not runs:
         return []
     share = Counter(run.config["temporal_fraction"] for run in runs).most_common(1)[0][0]
@@ -860,19 +862,20 @@ def differences_table(records, base, *names):
     return lines
 
 
-def grid_table(records):
-    """The short runs: mean over seeds, as differences to the short baseline of the same seeds."""
-    base = {run.name: run for run in records.grid}["grid_base"]
-    lines = [f"{'difference to grid_base':28}" + "".join(f"{metric:>20}" for metric in SHORT)]
-    for run in records.grid:
-        if run is not base:
+def means_table(records, base, *prefixes):
+    """Runs of study.csv, by how their names begin: mean difference to `base`, paired by seed."""
+    base = {run.name: run for run in records.table}[base]
+    title = f"difference to {base.name}"
+    lines = [f"{title:28}" + "".join(f"{metric:>20}" for metric in SHORT)]
+    for run in records.table:
+        if run.name.startswith(prefixes) and run is not base:
             gaps = [paired(run.scores[metric], base.scores[metric]).mean() for metric in SHORT]
             lines.append(f"{run.name:28}" + "".join(f"{gap:>+20.4f}" for gap in gaps))
     return lines
 
 
 TABLES = {"headline": headline_table, "rivals": rivals_table, "results": results_table,
-          "differences": differences_table, "grid": grid_table}
+          "differences": differences_table, "means": means_table}
 
 
 def fill_tables(text, records):
