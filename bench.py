@@ -253,7 +253,7 @@ def bench_cpu(d_in=576, widths=(2304, 9216), batch=4096, k=32):
                  "bfloat16": five_products(x, d_sae, torch.bfloat16)}
         for kind in KINDS:
             steps[kind] = OurStep(kind, x, stats, d_sae, k)
-        with experiment.memory_kept():
+        with experiment.malloc_keeps_memory():
             interleave(steps, "cpu", 1, 10)  # codes and thresholds settle
             times = interleave(steps, "cpu", 5, 2)
         for kind in KINDS:

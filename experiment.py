@@ -6,8 +6,8 @@
 
 This file is the science of one run and is meant to be edited. It is read from top to bottom: Config,
 SAE, temporal consistency, training step, harvest by hooks, training loop, run directory, main. The
-last section is a faster encoder and decoder for CPUs, with the same codes up to rounding; skip it
-on first reading.
+last section is a faster encoder and decoder for CPUs, with the same codes but for what it says
+there; skip it on first reading.
 
 The temporal target: from one token's activation, a leading share of the latents is also to predict
 the mean activation of the tokens around it. So what lasts gathers there.
@@ -16,8 +16,9 @@ prepare.py turns names into text and models. evaluate.py judges the result; do n
 runs that you compare.
 
 A run writes runs/<out_dir>/: config.json, environment.json, experiment.py (this source), log.jsonl,
-seed_K/{cfg.json, sae_weights.safetensors, reference.safetensors} in SAELens' format, core.json,
-consistency.json, latents.json and final_info.json (the headline numbers).
+seed_K/{cfg.json, sae_weights.safetensors} in SAELens' format with reference.safetensors beside
+them, core.json, consistency.json, latents.json and final_info.json (the headline numbers). With
+several seeds core.json and consistency.json lie in seed_K/.
 """
 import argparse
 import contextlib
@@ -65,7 +66,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # ------------------------------------------------------------------------------------------------
 
 # Each --sparsity and what SAELens calls it. At inference batchtopk is a fixed threshold, so it is
-# saved as jumprelu. Another sparsity: a name here, a branch of SAE.encode and of encode_dense.
+# saved as jumprelu. Another sparsity: a name here, a branch of encode_dense (training) and of
+# SAE.encode (inference); a penalty goes into Trainer.step; a threshold is fitted in train, scaled in
+# fold_scale and saved in save_sae. evaluate.SAE must know what it is called.
 ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
 
 
@@ -99,8 +102,8 @@ class Config:
     context_size: int = flag(128, "tokens a row, BOS included", least=2)
     harvest_tokens: int = flag(524_288, "distinct training tokens", least=1)
     eval_rows: int = flag(464, "held-out rows, of documents that are never trained on", least=1)
-    reconstruction_rows: int = flag(64, "of those, rows that are kept for CE and KL; 0 leaves both "
-                                    "out", least=0)
+    reconstruction_rows: int = flag(64, "how many of these are kept for CE and KL only; 0: neither "
+                                    "is measured", least=0)
     cache_gb: float = flag(20.0, "most disk for activations; a larger harvest is trained on in "
                            "parts, each harvested, passed over once and deleted", above=0)
     cache_dir: str = flag("", "for tokens, activations and embedded models; if empty, "
@@ -118,8 +121,8 @@ class Config:
     temp_loss: str = flag("window_mean", "window_mean, infonce, infonce_dot, or one of PAIR_LOSSES: "
                           "sqdiff, variance, autocorr, selective; see section 3")
     temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline", least=0)
-    window: int = flag(16, "tokens less than so many apart belong to one sliding window; "
-                       "1 is the baseline (infonce takes neighbours at any window)", least=1)
+    window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal "
+                       "loss off (infonce compares neighbours at any larger window)", least=1)
     temporal_fraction: float = flag(0.05, "share of the dictionary (its leading latents) that the "
                                     "temporal loss binds", above=0)
     temperature: float = flag(1.0, "of InfoNCE's softmax; infonce_dot: of inner products in raw "
@@ -178,10 +181,10 @@ def check(cfg):
     for f in fields(cfg):
         check_value(f.name, getattr(cfg, f.name), **f.metadata)
     n_chunks = cfg.batch_size // cfg.chunk_size
-    refuse = [  # (whether it is wrong, what is wrong)
+    refuse = [  # (whether it is wrong, what is wrong); runs/study belongs to train.py
         (cfg.temp_loss not in TEMP_LOSSES,
          f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}"),
-        (Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),  # study: train.py's
+        (Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),
          f"--out_dir {cfg.out_dir} does not name a directory of its own"),
         (cfg.seed + cfg.n_seeds > 2**63,
          f"--seed {cfg.seed} is too large: it must fit 63 bits"),
@@ -244,14 +247,16 @@ class SAE(torch.nn.Module):
     W_enc (d_in, d_sae), W_dec (d_sae, d_in) with rows of unit norm, b_enc (d_sae,), b_dec (d_in,).
     With batchtopk the k*B largest codes of a batch of B tokens are kept in training; at inference
     a code is kept if its pre-activation is above `threshold` (Bussmann et al. 2024).
-    Training sees scale * x; `fold_scale` moves the scale into the weights at the end.
+    Training sees scale * x, whose mean square is 1 a dimension (Stats); at the end `fold_scale`
+    moves the scale into the biases and the threshold, so that the SAE takes raw x.
     """
 
     def __init__(self, cfg, d_in):
         super().__init__()
         self.k, self.sparsity = cfg.k, cfg.sparsity
         self.nonlinearity, self.layernorm = cfg.nonlinearity, cfg.layernorm
-        # W_enc is stored latent by latent (its transpose is contiguous), as its gradient comes.
+        # W_enc is stored latent by latent (its transpose is contiguous): F.linear and the gradient
+        # of section 9 have that layout.
         self.W_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae, d_in).t())
         self.W_dec = torch.nn.Parameter(torch.zeros(cfg.d_sae, d_in))
         self.b_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae))
@@ -286,20 +291,26 @@ class SAE(torch.nn.Module):
         W, bias = self.W_enc.t(), self.b_enc
         if latents is not None:
             W, bias = W[latents], bias[latents]
-        # b_dec's gradient comes by way of the bias: through x - b_dec it would cost one more dense
-        # product.
+        # b_dec gets its gradient through the bias, to which it adds 0: through x - b_dec it would
+        # cost one more dense product.
         b_dec = self.b_dec.detach()
         zero = b_dec - self.b_dec
         return F.linear(x - b_dec, W, bias + zero @ W.detach().t())
 
     def activate(self, pre):
-        """The nonlinearity. gelu(s z) is not s gelu(z), so it stays at the scale of training."""
+        """The nonlinearity. gelu(s z) is not s gelu(z), so it stays at the scale of training.
+
+        self.scale is 1 while training.
+        """
         if self.nonlinearity == "relu":
             return torch.relu(pre)
         return F.gelu(pre * self.scale) / self.scale
 
     def encode(self, x):
-        """x (..., d_in) raw activations -> acts (..., d_sae), one token at a time."""
+        """Inference: x (..., d_in) raw -> acts (..., d_sae), one token at a time.
+
+        Training encodes a batch by encode_dense, section 4.
+        """
         if self.layernorm:
             x = self.normalise(x)[0]
         pre = self.pre_activations(x)
@@ -337,9 +348,9 @@ def keep_top(acts, pre, k):
 # ------------------------------------------------------------------------------------------------
 # 3. Temporal consistency: what lasts goes into the leading latents
 #
-# x and codes come as N chunks of T neighbouring tokens. doc (N, T) is the document of each token,
-# 0 where there is no ordinary token (BOS, padding, an attention sink). Nothing here ever joins two
-# documents.
+# x (N, T, d_in) and codes (N, T, F), of the F leading latents, come as N chunks of T neighbouring
+# tokens. doc (N, T) is the document of each token, 0 where there is no ordinary token (BOS, padding,
+# an attention sink). Nothing here ever joins two documents.
 # ------------------------------------------------------------------------------------------------
 
 MIN_OTHERS = 4  # a window mean of fewer tokens is mostly noise
@@ -377,7 +388,7 @@ def window_mean_target(x, doc, cfg, step):
     that the target is the mean of random others of the same document.
     """
     if cfg.control == "permuted":
-        order = shuffle_within_documents(doc, step)
+        order = shuffle_within_documents(doc, step)  # so doc fits the shuffled x as well
         target, enough = window_mean(x.take_along_dim(order[..., None], 1), doc, cfg.window)
         back = order.argsort(1)  # undoes the shuffle
         return target.take_along_dim(back[..., None], 1), enough.take_along_dim(back, 1)
@@ -398,7 +409,7 @@ def shuffle_within_documents(doc, step):
 
 
 def window_mean_loss(guess, target, enough, b_dec):
-    """Squared error of the guess, as a share of that of guessing b_dec: sum|m-g|^2 / sum|m-b|^2.
+    """Sum of |target - guess|^2 as a share of that of |target - b_dec|^2, of guessing b_dec.
 
     >>> one = torch.ones(1, 1, 2)
     >>> window_mean_loss(one, 2 * one, torch.ones(1, 1, dtype=torch.bool), torch.zeros(2))  # 2 / 8
@@ -418,7 +429,7 @@ class PairMoments(NamedTuple):
 
     @property
     def spread(self):
-        """2 Var z. The correlation rho of z at the two tokens of a pair is 1 - difference / spread."""
+        """2 Var z. The correlation rho of the two codes of a pair is 1 - difference / spread."""
         return self.power - self.total.square() / 2
 
 
@@ -448,21 +459,21 @@ def sqdiff_loss(codes, doc, window):
 def variance_loss(codes, doc, window):
     """sum_i E[variance of z_i among tokens of a window] / sum_i E[z_i^2]: blind to scale.
 
-    The variance of w values is (w - 1) / w times half the mean squared difference of their pairs.
-    Here every pair of tokens less than `window` apart counts once.
+    The variance of w values is (w - 1) / w times half the mean squared difference of their pairs;
+    here each pair of tokens less than `window` apart counts once.
 
     >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 1 / 5
     tensor(0.2000)
     """
     m = pair_moments(codes, doc, window)
-    # power is 2 E z^2: the two halves cancel
+    # power is 2 E z^2, so its 2 cancels the half
     return (window - 1) / window * m.difference.sum() / m.power.sum().clamp(min=1e-8)
 
 
 def autocorr_loss(codes, doc, window):
     """sum_i v_i (1 - rho_i), v_i the latent's share of the variance of all codes.
 
-    The gradient treats the variance as a constant; otherwise the loss would fall just by growing it.
+    The gradient treats the variance as a constant; otherwise growing it alone would lower the loss.
 
     >>> autocorr_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 4 / 2 / variance 1
     tensor(2.)
@@ -472,9 +483,8 @@ def autocorr_loss(codes, doc, window):
 
 
 def selective_loss(codes, doc, window):
-    """Mean over latents of rho_i (1 - rho_i). The gradient treats the first rho_i as a constant.
-
-    It binds the latents that prove slow and leaves the others alone.
+    """Mean over latents of rho_i (1 - rho_i), the first rho_i clipped to [0, 1] and constant to the
+    gradient. It binds the latents that prove slow and leaves the others alone.
 
     >>> codes = torch.tensor([[[0.], [0.], [2.], [2.]]])
     >>> selective_loss(codes, torch.ones(1, 4), 2)  # rho 1 - (4/3) / 2 = 1/3: 1/3 * 2/3
@@ -512,7 +522,8 @@ def infonce_loss(codes, doc, temperature, cosine=True):
     return -(log_p * ok).sum() / 2 / ok.sum().clamp(min=1)
 
 
-# name: loss(codes (N, T, F), doc (N, T), window) -> one number. A new one needs nothing else.
+# name: loss(codes (N, T, F), doc (N, T), window) -> one number. A new one needs nothing else. One of
+# another shape: a name in TEMP_LOSSES and a branch of Trainer.temporal_loss.
 PAIR_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss,
                "selective": selective_loss}
 TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
@@ -522,14 +533,18 @@ TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
 # 4. The training step
 # ------------------------------------------------------------------------------------------------
 
-DEAD_EVERY = 20  # steps between looks at which latents are dead; the host waits for a GPU's answer
+DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits for the GPU
 # The chunks of a batch are shuffled, so the first of them are a fair sample at a part of the cost:
 MEAN_SHARE = 2  # the window mean sees the first half,
-PAIR_SHARE = 4  # the losses on pairs of tokens the first quarter
+PAIR_SHARE = 4  # PAIR_LOSSES the first quarter,
+AUXK_SHARE = 4  # and AuxK, too
 
 
 class Stats(NamedTuple):
-    """What the calibration rows say of the activations. x is multiplied by `scale` in training."""
+    """What the calibration rows, which are neither trained on nor judged, say of the activations.
+
+    x is multiplied by `scale` in training.
+    """
 
     mean: torch.Tensor  # (d_in,), of scale * x
     scale: float  # makes E|scale * x|^2 = d_in; 1 with layernorm, whose x is normalised
@@ -583,7 +598,7 @@ def encode_dense(sae, x, ok, n_valid):
         rows = rows.masked_fill(~ok[:, None], -torch.inf)
         keep = min(max(1, sae.k * n_valid), rows.numel())
         threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
-        sae.threshold.copy_(threshold)  # fit_threshold and section 9 begin with the last one
+        sae.threshold.copy_(threshold)  # a hint for fit_threshold and for section 9
         least = torch.where(ok, threshold, torch.inf)  # a token that is left out gets no codes
     return DenseCodes(sae.activate(pre) * (pre >= least[:, None]))
 
@@ -684,8 +699,9 @@ class Trainer:
             return PAIR_LOSSES[cfg.temp_loss](z.view(*doc.shape, -1), doc, cfg.window)
         if cfg.temp_loss not in ("infonce", "infonce_dot"):
             raise ValueError(f"Trainer.temporal_loss has no branch for --temp_loss {cfg.temp_loss}")
-        # Codes in raw units, so that weight and temperature mean what they do in the paper. As the
-        # reconstruction error is divided by the raw variance, so is this.
+        # Codes in raw units, so that weight and temperature mean what they do in the paper. The
+        # reconstruction error is a share of the variance, so this is divided by the raw variance.
+        # All chunks: infonce_loss itself takes every fourth pair.
         z = codes.leading(cfg.n_lead).dense().float() / self.stats.scale
         raw_variance = self.stats.variance / self.stats.scale**2
         cosine = cfg.temp_loss == "infonce"
@@ -695,10 +711,10 @@ class Trainer:
     def auxk_loss(self, x, residual, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
 
-        On the first quarter of the batch, a fair sample as above: a dense product on all of it would
-        cost more than the rest of the step. At most d_in / 2 latents a token, as in the paper.
+        On all of the batch the dense product would cost more than the rest of the step. At most
+        d_in / 2 latents a token, as in the paper.
         """
-        sae, dead, n = self.sae, self.dead, len(x) // 4
+        sae, dead, n = self.sae, self.dead, len(x) // AUXK_SHARE
         acts = torch.relu(sae.pre_activations(x[:n], dead))
         acts = keep_top(acts, acts, min(x.shape[1] // 2, len(dead)))
         left = residual[:n].detach()
@@ -750,7 +766,7 @@ def learning_rate(cfg, step):
 
 
 def average_gradients(parameters, fired):
-    """Average the gradients and `fired` (d_sae,), of which only > 0 counts, over all processes."""
+    """Average the gradients over all processes, and `fired` (d_sae,), of which the sign is used."""
     tensors = [p.grad for p in parameters if p.grad is not None] + [fired]
     message = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(message)
@@ -764,7 +780,7 @@ def average_gradients(parameters, fired):
 # ------------------------------------------------------------------------------------------------
 
 SHARD_ROWS = 64  # rows a file: 9 MB at 128 tokens of 576 bfloat16 numbers
-FORWARD_ROWS = {"cpu": 8, "cuda": 64}  # rows a forward pass: they decide the rounding
+FORWARD_ROWS = {"cpu": 8, "cuda": 64}  # rows a forward pass; other numbers round differently
 
 
 class StopForward(Exception):
@@ -798,14 +814,14 @@ class Activations(NamedTuple):
 
     files: list  # tensors (rows_a_file, T, d_in) in the model's dtype; the last may be shorter
     doc: np.ndarray  # (N, T) int32, a number for the document of each token; 0 is left out
-    order: np.ndarray  # (N,) where row n stands in the files
+    order: np.ndarray  # (N,) row n's place in the files; with --acts these hold other rows, too
     rows_a_file: int
 
     def chunks(self, ids, chunk_size):
         """Chunks of neighbouring tokens, numbered through all rows: ids (S,) -> (S, C, d_in)."""
         per_row = self.doc.shape[1] // chunk_size
         row, place = self.order[ids // per_row], ids % per_row
-        if len(self.files) == 1:
+        if len(self.files) == 1:  # --acts, or all on a GPU: one gather
             whole = self.files[0].unflatten(1, (per_row, chunk_size)).flatten(0, 1)
             index = torch.from_numpy(row * per_row + place)
             return whole[to_device(index, whole.device)]
@@ -826,9 +842,10 @@ class Harvest:
 
     def __init__(self, cfg):
         self.cfg, self.device = cfg, torch.device(prepare.pick_device(cfg.device))
-        self.part_number, self.part, self.part_folder = None, None, None
+        self.part_number, self.part = None, None  # the part that is loaded
+        self.forward_rows = FORWARD_ROWS.get(self.device.type, FORWARD_ROWS["cpu"])
         self.prefetch = self.device.type == "cuda"  # a CPU has no time to spare during a step
-        self.sink_norm = None  # set by the calibration rows, the first that mask_sinks sees
+        self.sink_limit = None  # norm of a sink; mask_sinks sets it by the calibration rows
         if cfg.acts:
             self.own = prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
             self.identity = self.own.identity
@@ -836,6 +853,7 @@ class Harvest:
             self.calibration = self.own_rows(self.own.calibration)
         else:
             self.own = None
+            # .train and .calibration are data sets of rows {"tokens": (T,), "doc": (T,)}.
             self.inputs = prepare.text_rows(
                 cfg.dataset, cfg.model, context_size=cfg.context_size, eval_rows=cfg.eval_rows,
                 harvest_tokens=cfg.harvest_tokens, **text_options(cfg))
@@ -871,29 +889,36 @@ class Harvest:
 
         The calibration rows, which come first, say what a sink is.
         """
-        if self.sink_norm is None:
+        if self.sink_limit is None:
             ordinary = norms[(doc > 0) & (norms > 0)]
             if not len(ordinary):
                 raise ValueError("the calibration rows hold no ordinary token with activations")
-            self.sink_norm = prepare.sink_limit(ordinary)
-        return np.where((norms > self.sink_norm) | (norms == 0), 0, doc)
+            self.sink_limit = prepare.sink_limit(ordinary)
+        return np.where((norms > self.sink_limit) | (norms == 0), 0, doc)
 
     def harvested_rows(self, rows, name):
         """Rows of text -> Activations, run through the language model unless they are on disk."""
         cfg = self.cfg
-        forward_rows = FORWARD_ROWS.get(self.device.type, 8)
-        key = {"inputs": self.identity, "rows": name, "layer": cfg.layer, "dtype": str(self.dtype),
-               "device": self.device.type, "forward_rows": forward_rows}
-        if self.n_parts > 1 and name != "calibration":
-            key["run"] = str(cfg.run_dir.resolve())  # parts are deleted, so they are not shared
-        folder = prepare.cache_root(cfg.cache_dir) / f"acts-{prepare.digest(key)}"
-        paths = harvest_shards(cfg, rows, folder, self.dtype, str(self.device), forward_rows)
+        folder = self.shard_folder(name)
+        paths = harvest_shards(cfg, rows, folder, self.dtype, str(self.device), self.forward_rows)
         files = [load_file(path) for path in paths]  # maps the files, reads nothing yet
         doc = np.asarray(rows[: len(rows)]["doc"], np.int32)
         norms = torch.cat([file["norm"] for file in files]).numpy()
-        self.part_folder = folder
         acts = [file["acts"] for file in files]
         return Activations(acts, self.mask_sinks(doc, norms), np.arange(len(doc)), SHARD_ROWS)
+
+    def shard_folder(self, name):
+        """The cache folder of the rows `name`; it is named by all that decides their activations."""
+        cfg = self.cfg
+        key = {"inputs": self.identity, "rows": name, "layer": cfg.layer, "dtype": str(self.dtype),
+               "device": self.device.type, "forward_rows": self.forward_rows}
+        if self.n_parts > 1 and name != "calibration":
+            key["run"] = str(cfg.run_dir.resolve())  # parts are deleted, so they are not shared
+        return prepare.cache_root(cfg.cache_dir) / f"acts-{prepare.digest(key)}"
+
+    def part_name(self, number):
+        """What shard_folder calls part `number`."""
+        return f"train {number} of {self.n_parts}"
 
     def load_part(self, number):
         """Load part `number` into self.part, on the device if it fits there."""
@@ -905,7 +930,7 @@ class Harvest:
         else:
             self.delete_part()
             rows = self.inputs.train.select(range(number * self.n_rows, (number + 1) * self.n_rows))
-            part = self.harvested_rows(rows, f"train {number} of {self.n_parts}")
+            part = self.harvested_rows(rows, self.part_name(number))
             if self.n_parts == 1:
                 prepare.release_lm()  # what it took is free for training
         self.part_number = number
@@ -918,11 +943,11 @@ class Harvest:
         """Delete the files of the part that is loaded, if it is one of several."""
         if self.n_parts > 1 and self.part_number is not None:
             barrier()  # every process is done with it
-            shutil.rmtree(self.part_folder, ignore_errors=True)
+            shutil.rmtree(self.shard_folder(self.part_name(self.part_number)), ignore_errors=True)
             self.part_number = None
 
     def batch(self, seed, step):
-        """-> x (B, d_in) float32 scaled, doc (N, T), number of ordinary tokens: this process's share.
+        """This process's share: x (B, d_in) float32 scaled, doc (N, T), number of ordinary tokens.
 
         N chunks of T = chunk_size neighbouring tokens are shuffled, not tokens: windows stay whole
         while a batch mixes many documents.
@@ -1065,11 +1090,11 @@ def on_device(part, device):
 def train(cfg, seed, harvest, stop):
     """Train one SAE; checkpoints and log.jsonl go to the run directory. -> the SAE, for raw x.
 
-    stop: the run's Stop, which knows of signals; see below.
+    stop: the run's Stop. While it is deferred, a signal only sets stop.signal.
     """
     d_in = harvest.calibration.files[0].shape[-1]
     trainer = Trainer(cfg, d_in, harvest.stats, seed, harvest.device)
-    first = restore(cfg.run_dir, trainer, seed)
+    first = restore(cfg.run_dir, trainer, seed)  # 0 unless the run is resumed
     log_path = cfg.run_dir / "log.jsonl" if RANK == 0 else os.devnull
     harvest.batch(seed, min(first, cfg.steps - 1))  # loads the first part before the clock starts
     steps = range(first, cfg.steps)
@@ -1077,7 +1102,7 @@ def train(cfg, seed, harvest, stop):
                mininterval=1, disable=RANK > 0)
     saved_at = began = time.perf_counter()
     n_tokens = 0
-    with bar, open(log_path, "a") as log_file, stop.deferred(), memory_kept():
+    with bar, open(log_path, "a") as log_file, stop.deferred(), malloc_keeps_memory():
         for step, (x, doc, n_valid) in harvest.batches(seed, steps):
             log = step % cfg.log_every == 0 or step == cfg.steps - 1
             terms = trainer.step(x, doc, n_valid, step, log)
@@ -1165,7 +1190,7 @@ def cut_log(path, seed, first):
 
 
 @contextlib.contextmanager
-def memory_kept():
+def malloc_keeps_memory():
     """While open, glibc keeps freed memory: asking the system again takes a tenth of a step."""
     if platform.libc_ver()[0] != "glibc":
         yield
@@ -1271,7 +1296,7 @@ def broadcast(value):
 
 
 def save_sae(sae, folder, cfg, x):
-    """Write `sae` in SAELens' format, with x (8, d_in) raw, its codes and reconstructions beside it.
+    """Write `sae` in SAELens' format; beside it x, some raw calibration tokens, with their codes.
 
     SAELens has no gelu: such an SAE gets an architecture name that SAELens refuses, so that it is
     not loaded wrongly.
@@ -1282,7 +1307,7 @@ def save_sae(sae, folder, cfg, x):
     d_sae, d_in = sae.W_dec.shape
     if sae.sparsity == "batchtopk":
         tensors["threshold"] = sae.threshold.expand(d_sae).contiguous()
-    if cfg.nonlinearity == "gelu":
+    if sae.nonlinearity == "gelu":
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
     spec = {
@@ -1317,15 +1342,15 @@ def origin(cfg):
 
 
 def prove_saved(sae, folder):
-    """RuntimeError unless the judge, reading the folder, gets the trained SAE's very codes."""
+    """RuntimeError unless the judge gets from the folder the trained SAE's codes, up to rounding."""
     reference = load_file(folder / "reference.safetensors")
     judged = evaluate.load_sae(folder)
     rounding = 1e-6 * float(reference["x"].norm(dim=1).max())
     with torch.no_grad():
         acts = judged.encode(reference["x"])
         x_hat = judged.decode(reference["acts"], reference["x"])
-        # The threshold is the pre-activation of some calibration token: if it is one of these 8,
-        # rounding decides whether that code is on.
+        # The threshold is the pre-activation of some calibration token: if that is one of these,
+        # rounding decides whether its code is on.
         edge = sae.activate(sae.threshold)
         on_the_edge = (torch.maximum(acts, reference["acts"]) - edge).abs() <= rounding
         acts = torch.where(on_the_edge, reference["acts"], acts)
@@ -1417,7 +1442,7 @@ def begin_run(cfg, identity):
 
 @contextlib.contextmanager
 def locked(run_dir):
-    """Hold the run directory; RuntimeError if another process does. One left empty is removed."""
+    """Hold the run directory; RuntimeError if another process does. If empty at the end, it goes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
@@ -1495,7 +1520,7 @@ def parse(argv):
 def absolute(name):
     """A path that exists, made absolute, so that the record means the same from any directory."""
     path = Path(name).expanduser()
-    is_path = name and path.exists()
+    is_path = name and name not in prepare.EMBEDDED and path.exists()
     return str(path.resolve()) if is_path else name
 
 
@@ -1540,14 +1565,14 @@ def report(error, cfg):
     ours = last in ("experiment.py", "prepare.py", "evaluate.py")
     if not ours:
         sentence += " (--debug shows where)"
-    if RANK == 0 or not ours:
+    if RANK == 0 or not ours:  # an error of ours is the same in every process: one says it
         print(f"error: {sentence}", file=sys.stderr)
     return 2 if ours and isinstance(error, ValueError) else 1
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The fast sparse step for CPUs, the default there. It computes what section 4 does up to rounding,
-# except for tokens with more than 4k codes. Skip this on first reading.
+# 9. The fast sparse step for CPUs, the default there. Skip this on first reading. It computes what
+# section 4 does up to rounding, except where encode_dense's 4k candidates a token are too few.
 #
 # With 32 of 2304 latents active, only the product that selects them has to be dense. All else is
 # done for the active (token, latent) pairs alone.
@@ -1556,11 +1581,34 @@ def report(error, cfg):
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
+class Pairs(NamedTuple):
+    """The P active (token, latent) pairs of a batch, in token order."""
+
+    token: torch.Tensor  # (P,)
+    latent: torch.Tensor  # (P,)
+    token_start: torch.Tensor  # (B+1,): token t owns pairs token_start[t]:token_start[t+1]
+    by_latent: torch.Tensor  # (P,): the permutation that sorts pairs by latent
+    latent_start: torch.Tensor  # (d_sae+1,): as token_start, in that order
+
+
+def make_pairs(token, latent, n_tokens, d_sae):
+    """token (P,) sorted, latent (P,) -> Pairs."""
+    sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
+    return Pairs(token, latent, starts(token, n_tokens), by_latent,
+                 starts(sorted_latent, d_sae))
+
+
+def starts(keys, n):
+    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at starts[i]:starts[i+1]."""
+    return torch.searchsorted(keys, torch.arange(n + 1, dtype=keys.dtype))
+
+
 def encode_sparse(sae, x, ok, n_valid):
-    """As encode_dense, -> SparseCodes. A bfloat16 product may choose other pairs near a tie."""
+    """As encode_dense, -> SparseCodes. With a bfloat16 product the choice may differ near a tie."""
     with torch.no_grad():
         centred = x - sae.b_dec
         pairs, pre = select_pairs(sae, x, centred, ok, sae.k * n_valid)
+    # pre is computed; this gives it its gradient
     pre = SparseEncode.apply(centred, sae.W_enc, sae.b_enc, sae.b_dec, pre, pairs)
     return SparseCodes(sae.activate(pre) * ok[pairs.token], pairs)
 
@@ -1577,7 +1625,7 @@ def select_pairs(sae, x, centred, ok, keep):
         latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
     else:
         # Take the pairs above a share of the last step's threshold, of a smaller share if they are
-        # too few: a tenth of the time of a top-k of the batch.
+        # too few, at last all positive ones: a tenth of the time of a top-k of the batch.
         dense.masked_fill_(~ok[:, None], -torch.inf)
         for slack in (0.9, 0.6, 0.0):
             flat = (dense.view(-1) > slack * float(sae.threshold)).nonzero()[:, 0]
@@ -1586,7 +1634,7 @@ def select_pairs(sae, x, centred, ok, keep):
         token = flat // d_sae
         latent = flat - token * d_sae
     W_enc = sae.W_enc.t()
-    pre = pair_products(centred, W_enc, token, latent, offsets(token, n_tokens))
+    pre = pair_products(centred, W_enc, token, latent, starts(token, n_tokens))
     pre = pre + sae.b_enc[latent]
     if sae.sparsity == "batchtopk" and len(pre):
         threshold = pre.topk(min(keep, len(pre)), sorted=False).values.min().clamp(min=0)
@@ -1664,31 +1712,9 @@ class SparseDecode(torch.autograd.Function):
         return grad_acts, sum_by_latent(acts, grad, pairs), None
 
 
-class Pairs(NamedTuple):
-    """The P active (token, latent) pairs of a batch, in token order."""
-
-    token: torch.Tensor  # (P,)
-    latent: torch.Tensor  # (P,)
-    token_start: torch.Tensor  # (B+1,): token t owns pairs token_start[t]:token_start[t+1]
-    by_latent: torch.Tensor  # (P,): the permutation that sorts pairs by latent
-    latent_start: torch.Tensor  # (d_sae+1,): as token_start, in that order
-
-
-def make_pairs(token, latent, n_tokens, d_sae):
-    """token (P,) sorted, latent (P,) -> Pairs."""
-    sorted_latent, by_latent = latent.int().sort(stable=True)  # int32 sorts twice as fast
-    return Pairs(token, latent, offsets(token, n_tokens), by_latent,
-                 offsets(sorted_latent, d_sae))
-
-
-def offsets(keys, n):
-    """keys (P,) sorted, values 0..n-1 -> (n+1,): value i stands at offsets[i]:offsets[i+1]."""
-    return torch.searchsorted(keys, torch.arange(n + 1, dtype=keys.dtype))
-
-
 def pair_products(rows, columns, token, latent, token_start):
     """rows (B, d), columns (d_sae, d) -> (P,) inner products of the pairs only."""
-    if torch.backends.mkl.is_available():  # sampled_addmm needs it; it computes these entries only
+    if torch.backends.mkl.is_available():  # sampled_addmm needs MKL; it computes only these entries
         zeros = torch.zeros(len(latent))
         size = (len(rows), len(columns))
         where = torch.sparse_csr_tensor(token_start, latent, zeros, size, check_invariants=False)
