@@ -55,18 +55,19 @@ STUDY = {
     "tsae_published": f"{LEAD} --temp_loss infonce --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     "tsae_released": f"{LEAD} --temp_loss infonce_dot --temp_alpha 0.25 --matryoshka_alpha 0.25 "
                      "--n_seeds 3",
-    # Tuned: of grid_infonce*, the best token_topic_5 + document_id within .01 of explained variance
-    "tsae_tuned": f"{LEAD} --temp_loss infonce --temp_alpha 1000 --matryoshka_alpha 0.25 --n_seeds 3",
+    # Tuned: of sweep_*, the best token_topic_5 + document_id within .01 of explained variance
+    "tsae_tuned": f"{LEAD} --temp_loss infonce_dot --temp_alpha 0.5 --matryoshka_alpha 0.15 "
+                  "--n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
     "k16_ours": "--k 16 --n_seeds 3",
     "k64_base": "--k 64 --temp_alpha 0 --n_seeds 3",
     "k64_ours": "--k 64 --n_seeds 3",
-    # A second model. Raw units: 3.2e6 is the same share of its variance as 1000 above
+    # A second model. Raw units: its variance is 3200 times that of the first one's layer
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
-    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce --temp_alpha 3.2e6 --matryoshka_alpha 0.25 "
-                  "--n_seeds 3",
+    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce_dot --temp_alpha 1600 --temperature 3200 "
+                  "--matryoshka_alpha 0.15 --n_seeds 3",
 }
 
 # The grids have a fifth of the token visits and no CE or KL, which take half of the scoring.
@@ -88,19 +89,21 @@ for loss, alphas in OTHER_LOSSES.items():
     for alpha in alphas:
         flags = f"{SHORT} --temp_loss {loss} --window 2 --temporal_fraction 1 --temp_alpha {alpha}"
         GRID[f"grid_{loss}_a{alpha}"] = flags
-for alpha in (0.25, 2.5, 25, 250):  # the best one is the rival "tuned"
+for alpha in (0.25, 2.5, 25, 250):
     flags = f"{SHORT} {LEAD} --temp_loss infonce_dot --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_dot_a{alpha}"] = flags
 for alpha in (2, 20, 200, 600, 1000, 2000, 6000):
     flags = f"{SHORT} {LEAD} --temp_loss infonce --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_a{alpha}"] = flags
 
-# The rival "tuned" is the best of these whole runs: of T-SAE's loss in both forms, its weight and
-# that of the Matryoshka term.
+# Whole runs of T-SAE, of which "tuned" is the best: both forms of its loss, its weight and that of the
+# Matryoshka term (infonce_dot, 0.25, 0.25 is tsae_released).
 for loss, alpha, matryoshka in (
-        ("infonce", 200, 0.25), ("infonce", 500, 0.25), ("infonce", 2000, 0.25),
+        ("infonce", 200, 0.25), ("infonce", 500, 0.25), ("infonce", 1000, 0.25),
+        ("infonce", 2000, 0.25),
         ("infonce_dot", 0.05, 0.25), ("infonce_dot", 0.1, 0.25), ("infonce_dot", 0.2, 0.25),
-        ("infonce_dot", 0.5, 0.25), ("infonce_dot", 0.25, 0.05), ("infonce_dot", 0.5, 0.05)):
+        ("infonce_dot", 0.5, 0.25), ("infonce_dot", 0.3, 0.15), ("infonce_dot", 0.5, 0.15),
+        ("infonce_dot", 0.25, 0.05), ("infonce_dot", 0.5, 0.05)):
     flags = f"{LEAD} --temp_loss {loss} --temp_alpha {alpha} --matryoshka_alpha {matryoshka}"
     GRID[f"sweep_{loss}_a{alpha}_m{matryoshka}"] = flags
 # A control at the full budget
