@@ -28,7 +28,6 @@ import math
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import uuid
@@ -2583,14 +2582,25 @@ class Scored(NamedTuple):
     """What is on disk of one scored run."""
 
     title: str
-    info: dict  # the one block of final_info.json
+    scores: dict  # name of a headline value: its values of all seeds
     seeds: tuple  # (first seed, number of seeds)
-    judge: dict  # hashes and scored_on of consistency.json; None where git keeps the headline only
+    judge: dict  # consistency.json of the first seed; None where git keeps the headline only
+
+
+SAME = {  # what runs that are compared should share: where it stands in consistency.json
+    "by evaluate.py": ("hashes", "evaluate"),
+    "on the rows": ("hashes", "rows"),
+    "on model": ("scored_on", "model"),
+    "on layer": ("scored_on", "layer"),
+    "in dtype": ("scored_on", "dtype"),
+    "with sample_rows": ("counts", "sample_rows")}  # fewer are kept of a code with a high L0
 
 
 def read_scored(run):
     """Scored of a folder."""
-    info = next(iter(prepare.read_json(run / "final_info.json").values()))
+    scores = next(iter(prepare.read_json(run / "final_info.json").values()))["final_info_dict"]
+    if "pw_mcc" in scores:
+        scores["pw_mcc"] = [np.mean(scores["pw_mcc"])]  # pairs share seeds: no error
     config = {}
     if (run / "config.json").is_file():
         config = prepare.read_json(run / "config.json")
@@ -2598,37 +2608,41 @@ def read_scored(run):
     for path in [run / "consistency.json", *sorted(run.glob("seed_*/consistency.json"))]:
         if path.is_file() and judge is None:
             judge = prepare.read_json(path)
-    return Scored(run.name, info, (config.get("seed", 0), config.get("n_seeds", 1)), judge)
+    return Scored(run.name, scores, (config.get("seed", 0), config.get("n_seeds", 1)), judge)
 
 
-def gap_text(first, other, name):
-    """The difference of one value to the first run's, paired by seed where both have the same."""
-    a = first.info["final_info_dict"].get(name)
-    b = other.info["final_info_dict"].get(name)
-    if not a or not b or name == "pw_mcc":
-        return "-"
-    if first.seeds == other.seeds and len(a) == len(b) > 1:
-        gap = np.subtract(b, a)
-        return f"{gap.mean():+.4g} ± {np.std(gap, ddof=1) / math.sqrt(len(gap)):.2g}"
-    return f"{np.mean(b) - np.mean(a):+.4g}"
-
-
-def value_text(scored, name):
-    """Mean ± standard error of one value."""
-    if name not in scored.info["means"]:
-        return "-"
-    text = f"{scored.info['means'][name]:.4g}"
-    if name in scored.info["stderrs"]:
-        text += f" ± {scored.info['stderrs'][name]:.2g}"
+def with_error(values, sign=""):
+    """Mean of the seeds ± standard error, which one seed has not. sign: "+" shows it always."""
+    text = f"{np.mean(values):{sign}.4g}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2g}"
     return text
+
+
+def value_text(run, name):
+    """One value of a run, "-" where it has none."""
+    if name not in run.scores:
+        return "-"
+    return with_error(run.scores[name])
+
+
+def gap_text(first, run, name):
+    """The difference of one value to the first run's, paired by seed where both have the same."""
+    if name not in first.scores or name not in run.scores:
+        return "-"
+    a = first.scores[name]
+    b = run.scores[name]
+    if first.seeds == run.seeds and len(a) == len(b):
+        return with_error(np.subtract(b, a), "+")
+    return with_error([np.mean(b) - np.mean(a)], "+")
 
 
 def comparison_notes(first, other):
     """Sentences on why two runs may not be comparable."""
     notes = []
-    l0 = first.info["means"].get("l0")
-    other_l0 = other.info["means"].get("l0")
-    if l0 and other_l0 and abs(other_l0 / l0 - 1) > 0.01:
+    l0 = np.mean(first.scores["l0"])
+    other_l0 = np.mean(other.scores["l0"])
+    if abs(other_l0 - l0) > 0.01 * l0:
         notes.append(
             f"{other.title} has L0 {other_l0:.4g} against {l0:.4g}: not within 1 %, so smoothness "
             "and autocorrelation are not comparable")
@@ -2637,20 +2651,11 @@ def comparison_notes(first, other):
             f"without both consistency.json nothing shows that {other.title} and {first.title} "
             "were scored alike")
         return notes
-    for name in ("evaluate", "rows"):
-        if other.judge["hashes"][name] != first.judge["hashes"][name]:
-            what = {"evaluate": "by another evaluate.py", "rows": "on other rows"}[name]
-            notes.append(f"{other.title} was scored {what} than {first.title}")
-    rows = [run.judge["counts"]["sample_rows"] for run in (first, other)]
-    if rows[0] != rows[1]:
-        notes.append(
-            f"{first.title} was probed on {rows[0]} rows, {other.title} on {rows[1]}: of a code "
-            "with a high L0 fewer rows are kept")
-    for name in ("model", "layer", "dtype"):
-        mine = other.judge.get("scored_on", {}).get(name)
-        theirs = first.judge.get("scored_on", {}).get(name)
-        if mine != theirs:
-            notes.append(f"{other.title} was scored on {name} {mine}, {first.title} on {theirs}")
+    for what, (block, key) in SAME.items():
+        a = first.judge[block].get(key)
+        b = other.judge[block].get(key)
+        if a != b:
+            notes.append(f"{other.title} was scored {what} {b}, {first.title} {what} {a}")
     return notes
 
 
@@ -2659,21 +2664,18 @@ def compare(run_dirs):
     runs = [read_scored(run) for run in run_dirs]
     if len({run.title for run in runs}) < len(runs):
         runs = [run._replace(title=str(path)) for run, path in zip(runs, run_dirs)]
-    first = runs[0]
-    names = []
-    for run in runs:
-        names += [name for name in run.info["means"] if name not in names]
-    table = [["", *(run.title for run in runs), *(f"{r.title} - {first.title}" for r in runs[1:])]]
-    for name in names:
+    first, *others = runs
+    titles = [run.title for run in runs]
+    table = [["", *titles, *(f"{run.title} - {first.title}" for run in others)]]
+    for name in dict.fromkeys(name for run in runs for name in run.scores):
         values = [value_text(run, name) for run in runs]
-        gaps = [gap_text(first, run, name) for run in runs[1:]]
+        gaps = [gap_text(first, run, name) for run in others]
         table.append([name, *values, *gaps])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        print("  ".join(cells).rstrip())
-    for run in runs[1:]:
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    for name, *cells in table:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *cells]))
+    for run in others:
         for note in comparison_notes(first, run):
             print(f"note: {note}")
 
@@ -2701,34 +2703,6 @@ OPTIONS = (  # name, type, help; all of them take precedence over the run's conf
     ("cache_dir", str, "rows and held-out activations; default ~/.cache/temporal-sae"))
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ValueError, so that main returns and never exits."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-@contextlib.contextmanager
-def sigterm_raises():
-    """While open, SIGTERM raises Terminated; the handler before is restored at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def handle(number, frame):
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def find_run(name):
     """Folder of a run. A bare name is looked for in runs/ and runs/study/ of this repo first."""
     path = Path(name).expanduser()
@@ -2736,14 +2710,12 @@ def find_run(name):
         for folder in (REPO / "runs", REPO / "runs" / "study"):
             if (folder / path).is_dir():
                 return folder / path
-    if not path.exists() and (REPO / path).exists():
-        return REPO / path
     return path
 
 
 def parse(argv):
-    """Command line -> argparse's namespace."""
-    parser = Parser(
+    """Command line -> argparse's namespace; of OPTIONS it holds those that were given."""
+    parser = prepare.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument(
@@ -2752,26 +2724,8 @@ def parse(argv):
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for name, kind, text in OPTIONS:
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*flags, dest=name, type=kind, help=text)
+        parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=text)
     return parser.parse_args(argv)
-
-
-def command(args):
-    """Do what the command line says."""
-    runs = [find_run(name) for name in args.runs]
-    changes = {}
-    for name, _, _ in OPTIONS:
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
-    if len(runs) > 1:
-        if changes or args.out:
-            raise ValueError(
-                "several runs are compared from scores on disk; options go with one run")
-        compare(runs)
-        return
-    final = evaluate_run(runs[0], out=args.out, **changes)
-    print_scores(final)
-    print(f"written: {args.out or runs[0]}")
 
 
 def report(error, debug):
@@ -2793,25 +2747,36 @@ def report(error, debug):
 
 
 def main(argv=None):
-    """The command. -> exit code: 0, 1 it failed, 2 bad usage or input, 130/143 stopped."""
+    """The command. -> exit code: 0, 1 it failed, 2 bad usage or input, 130 stopped by Ctrl-C."""
     debug = False
     try:
-        args = parse(argv)
-        debug = args.debug
-        with sigterm_raises():
-            command(args)
+        changes = vars(parse(argv))
+        debug = changes.pop("debug")
+        out = changes.pop("out")
+        runs = [find_run(name) for name in changes.pop("runs")]
+        if len(runs) == 1:
+            print_scores(evaluate_run(runs[0], out=out, **changes))
+            print(f"written: {out or runs[0]}")
+        elif changes or out:
+            raise ValueError(
+                "several runs are compared from scores on disk; options go with one run")
+        else:
+            compare(runs)
     except Exception as error:  # whatever went wrong, the user gets one sentence
         return report(error, debug)
     except KeyboardInterrupt:
         if argv is not None:  # called from Python: stop the caller's loop too
             raise
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: no score was written", file=sys.stderr)
         return 130
-    except Terminated:
-        print("terminated: nothing was written", file=sys.stderr)
-        return 143
     return 0
 
 
+def terminate(number, frame):
+    """The handler of SIGTERM: exit with 143, so that `finally` removes half-written files."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -2371,13 +2371,13 @@ def test_another_model_and_other_text_are_scored_and_named(work, base, bpe, caps
     capsys.readouterr()
     assert evaluate.main([str(base), str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "scored on model other_lm" in printed and "on other rows" in printed
-    assert "probed on" not in printed
+    assert "scored on model other_lm" in printed and "scored on the rows" in printed
+    assert "sample_rows" not in printed
     judge = read(out / "consistency.json")
     judge["counts"]["sample_rows"] -= 16
     write(out / "consistency.json", json.dumps(judge))
     assert evaluate.main([str(base), str(out)]) == 0
-    assert "was probed on" in capsys.readouterr().out
+    assert "was scored with sample_rows" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------
