@@ -1484,7 +1484,6 @@ def test_autocorrelation_and_persistence_equal_loops_over_pairs(consistency, han
         a = hand.f[row, left] != 0
         b = hand.f[row, right] != 0
         stay = [b[a[:, i], i].mean() if a[:, i].any() else None for i in range(64)]
-        expect(consistency["persistence"], stay, hand, at)
         beyond = [None if s is None else (s - p) / (1 - p) for s, p in zip(stay, rate)]
         expect(consistency["kappa"], beyond, hand, at)
 
@@ -1499,12 +1498,6 @@ def test_spans_and_positions_equal_loops(consistency, hand):
             runs += (f[r, t] != 0) & ~before
     fires = (valid != 0).sum(0)
     expect(consistency["span"], [a / b if b else None for a, b in zip(fires, runs)], hand)
-    between = np.zeros(64)
-    for t in range(1, 32):
-        here = hand.ok[:, t]
-        between += here.sum() * (f[:, t][here].mean(0) - valid.mean(0)) ** 2
-    invariance = 1 - between / np.maximum(len(valid) * valid.var(0), 1e-12)
-    expect(consistency["position_invariance"], invariance, hand)
     kept = fires >= 20
     z = ((f - valid.mean(0)) / np.maximum(valid.std(0), 1e-9))[..., kept]
     for p, q in ((1, 2), (3, 3), (5, 9)):
@@ -2338,14 +2331,15 @@ def test_damaged_runs_are_refused_and_no_score_is_lost(work, base, damage, capsy
     assert tree_hash(run) == before and not (work / "weights_marker").exists()
 
 
-BAD_SCORING = {  # words after the run, part of the answer
-    "unknown flag": ("--fast", "--fast"),
-    "too many rows for CE": ("--reconstruction_rows 96 --out {bad}/scores", "96"),
-    "model gone": ("--model /gone --out {bad}/scores", "/gone"),
-    "layer out of range": ("--layer 9 --out {bad}/scores", "--layer 9"),
-    "comparing what was not scored": ("{bad}/folder", "final_info.json"),
-    "options while comparing": ("{bad}/folder --layer 1", "one run"),
-    "over its own scores": ("--reconstruction_rows 2", "give --out FOLDER"),
+BAD_SCORING = {  # words of the command line, part of the answer
+    "unknown flag": ("{base} --fast", "--fast"),
+    "too many rows for CE": ("{base} --reconstruction_rows 96 --out {bad}/scores", "96"),
+    "model gone": ("{base} --model /gone --out {bad}/scores", "/gone"),
+    "layer out of range": ("{base} --layer 9 --out {bad}/scores", "--layer 9"),
+    "comparing what was not scored": ("{base} {bad}/folder", "final_info.json"),
+    "options while comparing": ("{base} {bad}/folder --layer 1", "one run"),
+    "over its own scores": ("{base} --reconstruction_rows 2", "give --out FOLDER"),
+    "one seed, over the run's scores": ("{base}/seed_0", "score the run"),
 }
 
 
@@ -2353,7 +2347,7 @@ BAD_SCORING = {  # words after the run, part of the answer
 def test_bad_scoring_is_refused_and_overwrites_nothing(base, bad, name, capsys):
     words, answer = BAD_SCORING[name]
     before = [tree_hash(base), tree_hash(bad)]
-    line = [str(base), *words.format(bad=bad).split()]
+    line = words.format(base=base, bad=bad).split()
     refused(capsys, 2, answer, evaluate.main, line)
     assert [tree_hash(base), tree_hash(bad)] == before
 
