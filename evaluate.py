@@ -62,6 +62,7 @@ one_thread = threadpool_limits.wrap(limits=1)
 BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
 LOGIT_TOKENS = 512  # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB
 LAGS = (1, 2, 4, 8, 16, 32, 64)
+AT_16 = LAGS.index(16)
 MIN_FIRINGS = 20  # latents that fire less often have no correlation worth averaging
 SAMPLE_ROWS = 512  # rows whose codes are kept (sparse) for what needs a second look
 SAMPLE_NNZ = 20_000_000  # and at most so many codes: 240 MB
@@ -82,7 +83,6 @@ ID_DRAWS = 4  # draws of documents and of the training side, of which it gives t
 LIMIT_LAG = 16  # lag at which the slowest linear directions are fitted
 LIMIT_FIRST = (10, 50, 100)
 EDGE = 8  # tokens on each side of a place that may be a boundary
-AT_16 = LAGS.index(16)
 GROUPS = ("whole", "lead", "rest")
 CORE_KEYS = (
     "explained_variance", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias",
@@ -809,16 +809,15 @@ class LagSums:
         flat = self.within[3:].min(0) <= 1e-9 * self.pooled[3:].max(0)
         return np.where(flat, np.nan, pearson(*self.within, self.pairs))
 
-    def persistence(self):
-        """(L,d) P(on at t+lag | on at t)."""
-        undefined = np.full(self.on_both.shape, np.nan)
-        return np.divide(self.on_both, self.on_left, out=undefined, where=self.on_left > 0)
-
     def kappa(self, fires):
-        """(L,d) persistence beyond chance, (P - p) / (1 - p) with p the firing rate."""
+        """(L,d) persistence P(on at t+lag | on at t) beyond chance, (P - p) / (1 - p).
+
+        p: the firing rate.
+        """
+        undefined = np.full(self.on_both.shape, np.nan)
+        stays = np.divide(self.on_both, self.on_left, out=undefined, where=self.on_left > 0)
         p = fires / self.tokens
-        rest = np.where(p < 1, 1 - p, np.nan)
-        return (self.persistence() - p) / rest
+        return (stays - p) / np.where(p < 1, 1 - p, np.nan)
 
     def span(self, fires):
         """(d,) mean run length in tokens: firings / runs; a run starts where none goes on."""
@@ -909,7 +908,7 @@ def by_group_mean(sums):
 
 
 def group_means(value, keep, mass, groups):
-    """(d,) or (L,d) -> {group: {"mean": over latents, "mass": weighted by their firings}}.
+    """(d,) or (L,d) -> {group: {"mean": over latents, "mass": weighted by mass}}.
 
     Only latents in keep count, and only where their value is not NaN. NaN where none is left.
     """
@@ -1537,20 +1536,14 @@ def cosine_distance(a, b):
     return 1 - np.where(size > 0, dot / np.where(size > 0, size, 1), 0)
 
 
-def boundary_auroc(values, places, centre=0):
-    """AUROC with which the distance of the mean before and after tells joins from insides.
+def boundary_auroc(before, after, joins):
+    """AUROC with which the distance of the means before and after tells joins from insides.
 
-    values: csr codes, or raw activations as a tensor, from whose means `centre` (d,) is taken.
+    before, after: (p,d) csr or dense; joins: (p,) bool. NaN where all places are of one kind.
     """
-    before, after, joins = places
     if joins.all() or not joins.any():
         return math.nan
-    a = mean_over(values, before)
-    b = mean_over(values, after)
-    if torch.is_tensor(values):
-        a = a - centre
-        b = b - centre
-    return roc_auc_score(joins, cosine_distance(a, b))
+    return roc_auc_score(joins, cosine_distance(before, after))
 
 
 def boundary(codes, known, groups, raw):
@@ -1559,10 +1552,13 @@ def boundary(codes, known, groups, raw):
     1 - cos, taken as 1 where no latent fires in the 8 tokens, is the score of an AUROC. codes csr
     of the sample; raw: the AUROC of raw activations (centred). The headline is the lead's.
     """
-    places = boundary_places(known)
-    out = {group: boundary_auroc(codes[:, part], places) for group, part in groups.items()}
-    joins = int(places[2].sum())
-    return out | {"raw": raw, "joins": joins, "inside": len(places[2]) - joins}
+    before, after, joins = boundary_places(known)
+    before = mean_over(codes, before)
+    after = mean_over(codes, after)
+    out = {}
+    for group, part in groups.items():
+        out[group] = boundary_auroc(before[:, part], after[:, part], joins)
+    return out | {"raw": raw, "joins": joins.sum(), "inside": (~joins).sum()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1616,6 +1612,7 @@ class Scorer:
             self.null_lags.update(permuted, seg)
             self.null_neighbours.update(permuted, raw[shuffled], seg, self.context)
         self.seen += (len(seg) // self.context, codes.nnz)
+        # one batch at least; what is too much stays too much, so there is no gap
         if not self.sample or (self.seen <= (SAMPLE_ROWS, SAMPLE_NNZ)).all():
             self.sample.append(codes.astype(np.float32))
 
@@ -1700,7 +1697,10 @@ def raw_scores(sums, x, rows):
     blocks = (block.double().numpy()[:, varies] for block in x.split(BATCH_ROWS * context))
     position = position_matrix(blocks, known.seg, sums.mean[varies], scale, context)
     topic = raw_token_topic(x, known, in_train)
-    edge = boundary_auroc(x, boundary_places(known), sums.mean)
+    before, after, joins = boundary_places(known)
+    before = mean_over(x, before) - sums.mean
+    after = mean_over(x, after) - sums.mean
+    edge = boundary_auroc(before, after, joins)
     limit = linear_limit(x, known, sums.lags)
     return RawScores(sums, limit, topic, edge, position)
 
@@ -1807,7 +1807,6 @@ def sample_blocks(scorer, raw, rows, stats, text):
     position = {
         "step": math.ceil(scorer.context / MATRIX_SIDE), "codes": plain(matrix, 5),
         "raw": plain(raw.position[0], 5), "toeplitzness": toeplitz}
-
     out = {"position_corr": position, "clusters": None, "redundancy": None, "latents": None}
     if len(latents) >= 10:
         out["clusters"], xy = clusters(codes, latents, stats, known.topic, scorer.lags.lags)
@@ -1943,14 +1942,11 @@ def topic_preference(codes, topic, n_topics):
     Preferred: the topic in which it fires most beyond what its share of the tokens would give,
     counted in standard deviations of that number. -> (d_sae,) topic or -1, (d_sae,) lift
     """
-    known = topic >= 0
-    if not known.any():
+    known = np.flatnonzero(topic >= 0)
+    if known.size == 0:
         return np.full(codes.shape[1], -1), np.full(codes.shape[1], math.nan)
-    place = (topic[known], np.flatnonzero(known))
-    one_hot = sparse.csr_matrix((np.ones(known.sum()), place), shape=(n_topics, len(topic)))
-    on = sparse.csr_matrix((np.ones(codes.nnz), codes.indices, codes.indptr), shape=codes.shape)
-    fires = (one_hot @ on).toarray()
-    share = np.bincount(topic[known], minlength=n_topics) / known.sum()
+    fires = sums_by(codes != 0, known, topic[known], n_topics)
+    share = np.bincount(topic[known], minlength=n_topics) / known.size
     expected = share[:, None] * fires.sum(0)
     beyond = (fires - expected) / np.sqrt(np.maximum(expected, 1e-12))
     beyond[share == 0] = -np.inf
@@ -2333,17 +2329,6 @@ def check_recorded(run_dir, identity):
         "documents held out here may have been trained on"}
 
 
-def check_own_scores(folder, notes):
-    """ValueError where scores written into this folder would replace a run's own by others."""
-    if "settings" in notes and (folder / "config.json").is_file():
-        raise ValueError(
-            f"{notes['settings']}: give --out FOLDER, so that the run keeps its own scores")
-    if folder.name.startswith("seed_") and (folder.parent / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is one seed of a run: score the run, or give --out FOLDER, so that the run "
-            "keeps its own scores")
-
-
 def score_behaviour(held_out, saes):
     """-> (lm_behaviour of each SAE, all NaN without a model or rows; notes that say why)."""
     reason = None
@@ -2377,9 +2362,16 @@ def evaluate_run(run_dir, *, out=None, **changes):
     """
     run_dir = Path(run_dir)
     out = Path(out or run_dir)
+    home = run_dir.resolve()
+    in_place = out.resolve() == home
+    if in_place and home.name.startswith("seed_") and (home.parent / "config.json").is_file():
+        raise ValueError(
+            f"{run_dir} is one seed of a run, which keeps its own scores: score the run, or give "
+            "--out FOLDER")
     cfg, notes = read_settings(run_dir, changes)
-    if out.resolve() == run_dir.resolve():
-        check_own_scores(run_dir.resolve(), notes)
+    if in_place and "settings" in notes and (home / "config.json").is_file():
+        raise ValueError(
+            f"{notes['settings']}: give --out FOLDER, so that the run keeps its own scores")
     seed_dirs = find_seeds(run_dir, cfg)
     saes = [load_sae(folder) for folder in seed_dirs]  # a broken file is refused before the rest
     device = prepare.pick_device(cfg["device"])
@@ -2410,17 +2402,17 @@ def evaluate_run(run_dir, *, out=None, **changes):
             "notes": notes | reasons}
         core = core_json(scorer, lm_scores, record)
         consistency, stats = consistency_json(scorer, raw, rows, record, held_out.text)
-        home = out
+        folder = out
         if len(seed_dirs) > 1:
-            home = out / seed_dir.name
-        files[home / "core.json"] = core
-        files[home / "consistency.json"] = consistency
+            folder = out / seed_dir.name
+        files[folder / "core.json"] = core
+        files[folder / "consistency.json"] = consistency
         heads.append(headline(core, consistency))
         if seed_dir == seed_dirs[0]:
             first = (scorer, stats, consistency)
     mcc = pw_mcc([sae.W_dec for sae in saes])
     final = {held_out.scored_on["dataset"]: summarise(heads, mcc)}
-    page = latents_json(cfg, held_out, *first, final, run_dir.resolve().name)
+    page = latents_json(cfg, held_out, *first, final, home.name)
     for path, tree in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         prepare.write_json(path, tree)
@@ -2631,7 +2623,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         if argv is not None:  # called from Python: stop the caller's loop too
             raise
-        print("interrupted: no score was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -1770,6 +1770,7 @@ def test_predicting_the_mean_explains_nothing_and_zero_less(work, tiny, hand):
     found = read(out / "consistency.json")
     assert ours["relative_reconstruction_bias"] is None and found["notes"]["autocorr"]
     assert found["autocorr"]["whole"]["mean"][0] is None
+    assert [found[name] for name in ("clusters", "redundancy", "latents")] == [None] * 3
     assert all(map(math.isfinite, means(out).values()))
 
 
