@@ -7,8 +7,8 @@
 
 Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how codes behave along
 a text), latents.json (what a page about the latents shows) and final_info.json (the headline
-numbers with the raw values of every seed). Nothing is written until everything is computed. This
-file should not change between runs that are compared: its SHA-256 stands in every score.
+numbers with the raw values of every seed). No score is written before all of them are computed.
+This file should not change between runs that are compared: its SHA-256 stands in every score.
 
 Notation: x (..., d_in) an activation, x_hat its reconstruction, f or acts (..., d_sae) the codes.
 doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and the number of its
@@ -28,7 +28,6 @@ import math
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import uuid
@@ -44,6 +43,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
+from scipy.special import rel_entr
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, silhouette_score
@@ -62,6 +62,7 @@ one_thread = threadpool_limits.wrap(limits=1)
 BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
 LOGIT_TOKENS = 512  # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB
 LAGS = (1, 2, 4, 8, 16, 32, 64)
+AT_16 = LAGS.index(16)
 MIN_FIRINGS = 20  # latents that fire less often have no correlation worth averaging
 SAMPLE_ROWS = 512  # rows whose codes are kept (sparse) for what needs a second look
 SAMPLE_NNZ = 20_000_000  # and at most so many codes: 240 MB
@@ -350,12 +351,6 @@ def token_topics(rows):
     return names, index[where]
 
 
-def without_uncategorized(names, topic):
-    """(n,) topics with the label that means "none" left out."""
-    none = [number for number, name in enumerate(names) if name.lower() == "uncategorized"]
-    return np.where(np.isin(topic, none), -1, topic)
-
-
 # --------------------------------------------------------------------------------------------------
 # The language model: its activations, and its behaviour with reconstructed ones
 # --------------------------------------------------------------------------------------------------
@@ -541,17 +536,13 @@ class Fidelity:
 
     def count_codes(self, codes, row_of_token):
         """Add up how often and how strongly each latent fires."""
-        d_sae = codes.shape[1]
-        latent = codes.indices
-        row = np.repeat(row_of_token, np.diff(codes.indptr))
-        up = codes.data > 0
-        fired = np.zeros((row_of_token.max() + 1, d_sae), bool)
-        fired[row[up], latent[up]] = True
-        self.fires += np.bincount(latent, minlength=d_sae)
-        self.positive += np.bincount(latent[up], minlength=d_sae)
-        self.rows_fired += fired.sum(0)
-        self.total += np.bincount(latent, codes.data, d_sae)
-        self.absolute += np.bincount(latent, np.abs(codes.data), d_sae)
+        up = codes > 0
+        by_row = sums_by(up, np.arange(len(row_of_token)), row_of_token, row_of_token.max() + 1)
+        self.fires += codes.getnnz(axis=0)
+        self.positive += up.getnnz(axis=0)
+        self.rows_fired += (by_row > 0).sum(0)
+        self.total += np.asarray(codes.sum(0)).ravel()
+        self.absolute += np.asarray(abs(codes).sum(0)).ravel()
 
     @property
     def mass(self):
@@ -617,30 +608,28 @@ def max_cosine(W):
     return torch.cat(best).cpu()
 
 
-def feature_rows(sae, fidelity):
-    """SAEBench's feature-wise metrics, one dict for each latent, computed on the SAE's device.
+def feature_columns(sae, fidelity):
+    """SAEBench's feature-wise metrics, {name: (d_sae,)}, computed on the SAE's device.
 
-    A latent that never fires has 0 tokens in a row, not NaN.
+    Seven digits of each. A latent that never fires has 0 tokens in a row, not NaN.
     """
     W_enc = sae.W_enc.T  # (d_sae,d_in), as W_dec
     W_dec = sae.W_dec
     cosine = (F.normalize(W_enc, dim=1) * F.normalize(W_dec, dim=1)).sum(1)
-    tokens_a_row = fidelity.positive / np.maximum(fidelity.rows_fired, 1)
     columns = {
         "feature_density": fidelity.positive / fidelity.tokens,
-        "consistent_activation_heuristic": tokens_a_row,
+        "consistent_activation_heuristic": fidelity.positive / np.maximum(fidelity.rows_fired, 1),
         "encoder_bias": sae.b_enc.cpu().numpy(),
         "encoder_norm": W_enc.norm(dim=1).cpu().numpy(),
         "encoder_decoder_cosine_sim": cosine.cpu().numpy(),
         "max_decoder_cosine_sim": max_cosine(W_dec).numpy(),
         "max_encoder_cosine_sim": max_cosine(W_enc).numpy()}
-    by_latent = zip(*(plain(column, 7) for column in columns.values()))
-    return [{"index": i, **dict(zip(columns, values))} for i, values in enumerate(by_latent)]
+    return {name: np.array(plain(column, 7), float) for name, column in columns.items()}
 
 
-def misc_metrics(features):
-    """SAEBench's summary of the feature-wise rows; normalized_* is the share of all firings."""
-    density = np.array([row["feature_density"] for row in features])
+def misc_metrics(columns):
+    """SAEBench's summary of the feature-wise metrics; normalized_* is the share of all firings."""
+    density = columns["feature_density"]
     out = {"frac_alive": (density > 0).mean()}
     for percent in (1, 10):
         frequent = density > percent / 100
@@ -650,10 +639,7 @@ def misc_metrics(features):
         out[f"freq_over_{percent}_percent"] = frequent.mean()
         out[f"normalized_freq_over_{percent}_percent"] = share
     for side in ("encoder", "decoder"):
-        cosines = [row[f"max_{side}_cosine_sim"] for row in features]
-        out[f"average_max_{side}_cosine_sim"] = math.nan
-        if None not in cosines:
-            out[f"average_max_{side}_cosine_sim"] = np.mean(cosines)
+        out[f"average_max_{side}_cosine_sim"] = columns[f"max_{side}_cosine_sim"].mean()
     return out
 
 
@@ -676,11 +662,6 @@ def core_config(record):
         "verbose": False}
 
 
-BEHAVIOUR_KEYS = (
-    "kl_div_score", "kl_div_with_ablation", "kl_div_with_sae",
-    "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae")
-
-
 def core_json(scorer, behaviour, record):
     """SAEBench's core result of one seed; our own values stand under eval_result_unstructured.
 
@@ -688,24 +669,25 @@ def core_json(scorer, behaviour, record):
     """
     fidelity = scorer.fidelity
     counts = record["counts"]
-    features = feature_rows(scorer.sae, fidelity)
-    if behaviour is None:
-        behaviour = dict.fromkeys(BEHAVIOUR_KEYS)
+    columns = feature_columns(scorer.sae, fidelity)
+    features = []
+    for i, values in enumerate(zip(*columns.values())):
+        features.append({"index": i, **dict(zip(columns, values))})
     special_included = {
         "total_tokens_eval_reconstruction": counts["reconstruction_rows"] * counts["context"],
         "total_tokens_eval_sparsity_variance": counts["rows"] * counts["context"]}
     kl = {name: value for name, value in behaviour.items() if name.startswith("kl")}
     ce = {name: value for name, value in behaviour.items() if name.startswith("ce")}
-    metrics = {
-        "model_behavior_preservation": kl, "model_performance_preservation": ce,
+    of_model = plain({"model_behavior_preservation": kl, "model_performance_preservation": ce})
+    of_codes = plain({
         **fidelity.saebench(), "token_stats": special_included,
-        "misc_metrics": misc_metrics(features)}
-    metrics = plain(metrics)
+        "misc_metrics": misc_metrics(columns)})
     ours = fidelity.ours()
     ours["ce_loss_score"] = behaviour["ce_loss_score"]
     ours["kl_div_score"] = behaviour["kl_div_score"]
     notes = dict(record["notes"])
-    if has_null(metrics) and "ce_loss_score, kl_div_score" not in notes:
+    explained = "ce_loss_score, kl_div_score" in notes
+    if has_null(of_codes) or (has_null(of_model) and not explained):
         notes["eval_result_metrics"] = (
             "null is 0/0: activations that do not vary, or an all-zero reconstruction")
     scored_on = record["scored_on"]
@@ -715,7 +697,7 @@ def core_json(scorer, behaviour, record):
         "eval_config": core_config(record),
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": metrics,
+        "eval_result_metrics": of_model | of_codes,
         "eval_result_details": features,
         "sae_bench_commit_hash": f"none: computed by evaluate.py {SOURCE_SHA256[:12]}",
         "sae_lens_id": "custom_sae",
@@ -827,16 +809,15 @@ class LagSums:
         flat = self.within[3:].min(0) <= 1e-9 * self.pooled[3:].max(0)
         return np.where(flat, np.nan, pearson(*self.within, self.pairs))
 
-    def persistence(self):
-        """(L,d) P(on at t+lag | on at t)."""
-        undefined = np.full(self.on_both.shape, np.nan)
-        return np.divide(self.on_both, self.on_left, out=undefined, where=self.on_left > 0)
-
     def kappa(self, fires):
-        """(L,d) persistence beyond chance, (P - p) / (1 - p) with p the firing rate."""
+        """(L,d) persistence P(on at t+lag | on at t) beyond chance, (P - p) / (1 - p).
+
+        p: the firing rate.
+        """
+        undefined = np.full(self.on_both.shape, np.nan)
+        stays = np.divide(self.on_both, self.on_left, out=undefined, where=self.on_left > 0)
         p = fires / self.tokens
-        rest = np.where(p < 1, 1 - p, np.nan)
-        return (self.persistence() - p) / rest
+        return (stays - p) / np.where(p < 1, 1 - p, np.nan)
 
     def span(self, fires):
         """(d,) mean run length in tokens: firings / runs; a run starts where none goes on."""
@@ -861,28 +842,23 @@ def sums_by(codes, tokens, label, n):
 
 
 class Neighbours:
-    """Sums over neighbouring tokens and rows, by group: Jaccard, S, S_sum, latents in a row."""
+    """Sums over neighbouring tokens and rows, by group, under their names in consistency.json."""
 
     def __init__(self, n_lead):
         self.n_lead = n_lead
-        # (sum, count) for whole, lead, rest
-        self.jaccard = np.zeros((2, 3))
-        self.smoothness = np.zeros((2, 3))
-        self.roughness = np.zeros((2, 3))
-        self.latents = np.zeros((2, 3))
+        names = ("support_jaccard", "smoothness_S", "S_sum", "latents_a_row")
+        self.sums = {name: np.zeros((2, 3)) for name in names}  # sum and count of each group
 
-    def count(self, matrix):
-        """(n,d) csr -> (3,n) entries of each line in whole, lead, rest."""
-        whole = np.diff(matrix.indptr)
-        line = np.repeat(np.arange(len(whole)), whole)
-        lead = np.bincount(line[matrix.indices < self.n_lead], minlength=len(whole))
+    def by_group(self, matrix):
+        """(n,d) csr or dense -> (3,n) sums of its lines over whole, lead, rest."""
+        whole = np.asarray(matrix.sum(1)).ravel()
+        lead = np.asarray(matrix[:, :self.n_lead].sum(1)).ravel()
         return np.stack([whole, lead, whole - lead])
 
-    def by_group(self, per_latent):
-        """(n,d) -> (3,n) sums over whole, lead, rest."""
-        whole = per_latent.sum(1)
-        lead = per_latent[:, :self.n_lead].sum(1)
-        return np.stack([whole, lead, whole - lead])
+    def add(self, name, values, counted):
+        """Add values (3,n) up; counted (n,) or (3,n) bool: which of them the mean is over."""
+        self.sums[name][0] += values.sum(1)
+        self.sums[name][1] += counted.sum(-1)
 
     def update(self, codes, x, seg, context):
         """codes csr (n,d_sae) and x (n,d_in) float32 numpy of whole rows."""
@@ -890,16 +866,17 @@ class Neighbours:
         row = np.repeat(np.arange(len(seg)) // context, np.diff(codes.indptr))
         active[row, codes.indices] = True
         rows_used = (seg.reshape(-1, context) >= 0).any(1)
-        self.latents[0] += self.by_group(active[rows_used]).sum(1)
-        self.latents[1] += rows_used.sum()
+        self.add("latents_a_row", self.by_group(active), rows_used)
         left = pairs_at(seg, 1)
         if left.size:
             f_left = codes[left]
             f_right = codes[left + 1]
-            common = self.count(f_left.multiply(f_right).tocsr())
-            union = self.count(f_left) + self.count(f_right) - common
-            self.jaccard[0] += (common / np.maximum(union, 1)).sum(1)
-            self.jaccard[1] += (union > 0).sum(1)  # an empty union has no overlap
+            on_left = f_left != 0
+            on_right = f_right != 0
+            common = self.by_group(on_left.multiply(on_right))
+            union = self.by_group(on_left) + self.by_group(on_right) - common
+            # an empty union has no overlap
+            self.add("support_jaccard", common / np.maximum(union, 1), union > 0)
             dx = np.linalg.norm((x[left + 1] - x[left]).astype(np.float64), axis=1)
             moved = dx > 0  # two equal activations have equal codes: 0/0, no step
             self.add_steps(f_left[moved], f_right[moved], dx[moved], left[moved] // context, active)
@@ -920,11 +897,9 @@ class Neighbours:
             counted[np.repeat(row, np.diff(side.indptr)), side.indices] = True
         total = self.by_group(peak)
         n = self.by_group(counted)
-        self.smoothness[0] += (total / np.maximum(n, 1)).sum(1)
-        self.smoothness[1] += (n > 0).sum(1)
-        has_step = np.unique(row)
-        self.roughness[0] += total[:, has_step].sum(1)
-        self.roughness[1] += len(has_step)
+        self.add("smoothness_S", total / np.maximum(n, 1), n > 0)
+        has_step = np.isin(np.arange(len(active)), row)
+        self.add("S_sum", total[:, has_step], has_step)
 
 
 def by_group_mean(sums):
@@ -932,25 +907,21 @@ def by_group_mean(sums):
     return {group: ratio(sums[0, i], sums[1, i]) for i, group in enumerate(GROUPS)}
 
 
-def two_means(values, keep, mass):
-    """(d,) -> mean and mean weighted by mass over the latents in keep, NaN left out."""
-    ok = keep & np.isfinite(values)
-    if not ok.any():
-        return math.nan, math.nan
-    return values[ok].mean(), ratio((mass[ok] * values[ok]).sum(), mass[ok].sum())
-
-
 def group_means(value, keep, mass, groups):
-    """(d,) or (L,d) -> {group: {"mean": of latents, "mass": weighted by their firings}}."""
+    """(d,) or (L,d) -> {group: {"mean": over latents, "mass": weighted by mass}}.
+
+    Only latents in keep count, and only where their value is not NaN. NaN where none is left.
+    """
+    ok = keep & np.isfinite(value)
+    value = np.where(ok, value, 0)
+    weight = np.where(ok, mass, 0)
     out = {}
-    for name, part in groups.items():
-        lines = [two_means(line[part], keep[part], mass[part]) for line in np.atleast_2d(value)]
-        unweighted = [line[0] for line in lines]
-        weighted = [line[1] for line in lines]
-        if value.ndim == 1:
-            unweighted = unweighted[0]
-            weighted = weighted[0]
-        out[name] = {"mean": unweighted, "mass": weighted}
+    with np.errstate(invalid="ignore"):  # 0/0, where no latent counts, is NaN
+        for name, part in groups.items():
+            own = value[..., part]
+            w = weight[..., part]
+            mean = own.sum(-1) / ok[..., part].sum(-1)
+            out[name] = {"mean": mean, "mass": (w * own).sum(-1) / w.sum(-1)}
     return out
 
 
@@ -966,26 +937,6 @@ def best_means(value, keep, n):
 # --------------------------------------------------------------------------------------------------
 # Codes seen twice: correlations between positions and between latents, clusters
 # --------------------------------------------------------------------------------------------------
-
-
-class Sample:
-    """The codes (sparse, float32) of the first SAMPLE_ROWS rows at most."""
-
-    def __init__(self):
-        self.blocks = []
-        self.rows = 0
-        self.nnz = 0
-        self.closed = False
-
-    def update(self, codes, n_rows):
-        """codes csr of n_rows whole rows. One batch at least is kept; a gap never arises."""
-        fits = self.rows + n_rows <= SAMPLE_ROWS and self.nnz + codes.nnz <= SAMPLE_NNZ
-        if self.blocks and not fits:
-            self.closed = True
-        if not self.closed:
-            self.blocks.append(codes.astype(np.float32))
-            self.rows += n_rows
-            self.nnz += codes.nnz
 
 
 @one_thread
@@ -1040,19 +991,6 @@ def toeplitzness(matrix, count):
     return ratio(explained, (weight * (value - overall) ** 2).sum())
 
 
-def top_tokens(columns, tokens, latent, n=5):
-    """Ids of the tokens on which a latent's activation adds up highest.
-
-    columns csc (n,d_sae); tokens (n,), or None where there is no text.
-    """
-    if tokens is None:
-        return []
-    part = slice(columns.indptr[latent], columns.indptr[latent + 1])
-    ids, where = np.unique(tokens[columns.indices[part]], return_inverse=True)
-    total = np.bincount(where, columns.data[part], len(ids))
-    return ids[np.argsort(-total, kind="stable")[:n]].tolist()
-
-
 def correlation_matrix(codes, n):
     """(m,m) Pearson correlation of the columns of csr (n,m) over its n valid tokens.
 
@@ -1072,53 +1010,47 @@ def correlation_matrix(codes, n):
     return cov / np.outer(sd, sd)
 
 
-class Redundancy(NamedTuple):
-    """What redundancy() finds: its JSON block, and each latent's best partner."""
-
-    block: dict
-    partner: np.ndarray  # (d_sae,) latent whose codes correlate most with this one's, -1 if none
-    partner_corr: np.ndarray  # (d_sae,) NaN if none
-    together: np.ndarray  # latents that fire together with more than PARTNERS others
-
-
-def redundancy(codes, n, latents, mass, cluster):
+def redundancy(codes, n, latents, stats):
     """Latent x latent correlation of codes: how many distinct patterns do the latents hold?
 
     codes csr (tokens,d_sae) of the sample, n of them valid tokens; latents: the scored ones.
     Effective rank: exp of the entropy of the correlation matrix's normalised eigenvalues (Roy &
     Vetterli 2007). Together: the latents that correlate above TOGETHER with more than PARTNERS
-    others.
+    others. -> its block of consistency.json, None where fewer than two latents vary. Fills
+    "partner", the latent whose codes correlate most with each one's, and "partner_corr" in stats.
     """
     corr = correlation_matrix(codes[:, latents], n)
     varies = np.isfinite(np.diag(corr))
     latents = latents[varies]
     corr = corr[np.ix_(varies, varies)]
-    partner = np.full(codes.shape[1], -1)
-    partner_corr = np.full(codes.shape[1], math.nan)
     if len(latents) < 2:
-        block = {
-            "latents": len(latents), "share_above_0.9": None, "effective_rank": None,
-            "best_partner_histogram": None, "together": [], "matrix": None}
-        return Redundancy(block, partner, partner_corr, np.array([], int))
+        return None
     eigen = torch.linalg.eigvalsh(torch.from_numpy(corr)).clamp_min(1e-15)
     p = eigen / eigen.sum()
     others = corr - 2 * np.eye(len(corr))  # a latent is not its own partner
     best = others.max(1)
-    partner[latents] = latents[others.argmax(1)]
-    partner_corr[latents] = best
+    stats["partner"][latents] = latents[others.argmax(1)]
+    stats["partner_corr"][latents] = best
     counts, edges = np.histogram(best.clip(-1, 1), bins=20, range=(-1, 1))
-    together = latents[(others > TOGETHER).sum(1) > PARTNERS]
+    mass = stats["mass"]
+    cluster = stats["cluster"]
     shown = np.argsort(-mass[latents], kind="stable")[:80]  # for a picture: the heaviest
     shown = shown[np.lexsort((latents[shown], cluster[latents[shown]]))]
     matrix = {
         "latents": latents[shown], "clusters": cluster[latents[shown]],
         "corr": plain(corr[np.ix_(shown, shown)], 3)}
-    block = {
+    together = latents[(others > TOGETHER).sum(1) > PARTNERS]
+    alone = stats["keep"].copy()
+    alone[together] = False
+    apart = {}  # the scores without those together
+    for name in ("autocorr", "autocorr_within"):
+        apart[name] = group_means(stats[name][0], alone, mass, {"whole": slice(None)})["whole"]
+    return {
         "latents": len(latents), "share_above_0.9": (best > REDUNDANT).mean(),
         "effective_rank": math.exp(-(p * p.log()).sum().item()),
-        "best_partner_histogram": {"edges": edges, "counts": counts},
-        "together": together, "matrix": matrix}
-    return Redundancy(block, partner, partner_corr, together)
+        "best_partner_histogram": {"edges": edges, "counts": counts}, "matrix": matrix,
+        "together": together, "together_count": len(together),
+        "together_mass_share": ratio(mass[together].sum(), mass.sum()), "apart": apart}
 
 
 def pw_mcc(decoders):
@@ -1181,27 +1113,16 @@ def cluster_name(rho, eta2_excess, lags):
     return "local/token"
 
 
-class Clusters(NamedTuple):
-    """What clusters() finds: its JSON block, each latent's cluster and place in a picture."""
-
-    block: dict
-    of: np.ndarray  # (d_sae,) number of the cluster, -1 if the latent was not scored
-    xy: np.ndarray  # (latents,2)
-
-
 def topic_divergence(codes, topic):
-    """How far each latent's mass by topic is from the corpus's, in nats.
+    """How far each latent's mass by topic is from the corpus's: relative entropy in nats.
 
     codes csr (n,m); topic (n,) int, -1 = none. -> (m,)
     """
-    known = topic >= 0
-    place = (np.maximum(topic, 0), np.arange(len(topic)))
-    one_hot = sparse.csr_matrix((known, place), dtype=np.float64)
-    by_topic = np.asarray((one_hot @ abs(codes)).toarray()).T
-    q = by_topic / np.maximum(by_topic.sum(1, keepdims=True), 1e-12)
-    corpus = np.bincount(topic[known], minlength=q.shape[1]) / known.sum()
-    gain = np.log(np.maximum(q, 1e-12) / np.maximum(corpus, 1e-12))
-    return (q * gain).sum(1)
+    known = np.flatnonzero(topic >= 0)
+    mass = sums_by(abs(codes), known, topic[known], topic.max() + 1).T
+    share = mass / np.maximum(mass.sum(1, keepdims=True), 1e-12)
+    corpus = np.bincount(topic[known]) / known.size
+    return rel_entr(share, corpus).sum(1)
 
 
 def clusters(codes, latents, stats, topic, lags):
@@ -1210,6 +1131,7 @@ def clusters(codes, latents, stats, topic, lags):
     Pattern: firing rate, span, autocorrelation at each lag and within the segment, firing by
     eighths of the context and eta^2 of position, and, where documents carry topics, how far its
     mass by topic is from the corpus's. stats: latent_stats(); topic (n,) of the tokens, -1 = none.
+    -> its block of consistency.json, (latents,2) places in a picture. Fills "cluster" in stats.
     """
     def pick(name):
         return np.nan_to_num(stats[name][..., latents])
@@ -1222,22 +1144,16 @@ def clusters(codes, latents, stats, topic, lags):
     if (topic >= 0).any():
         blocks.append(topic_divergence(codes[:, latents], topic)[:, None])
     number, silhouette, xy = cluster_latents(blocks)
-    mass = stats["mass"]
+    stats["cluster"][latents] = number
     listed = []
     for c in range(number.max() + 1):
         here = number == c
-        mine = latents[here]
         rho = pick("autocorr")[:, here].mean(1)
-        eta2 = pick("eta2")[here].mean()
+        eta2_excess = pick("eta2")[here].mean() - stats["eta2_chance"]
         listed.append({
-            "name": cluster_name(rho, eta2 - stats["eta2_chance"], lags), "size": len(mine),
-            "mass_share": mass[mine].sum() / mass.sum(), "rate": pick("rate")[here].mean(),
-            "span": pick("span")[here].mean(), "autocorr": rho,
-            "autocorr_within": pick("autocorr_within")[:, here].mean(1),
-            "position": pick("eighths")[:, here].mean(1), "eta2": eta2})
-    of = np.full(codes.shape[1], -1)
-    of[latents] = number
-    return Clusters({"silhouette": silhouette, "list": listed}, of, xy)
+            "name": cluster_name(rho, eta2_excess, lags), "size": here.sum(),
+            "mass_share": pick("mass")[here].sum() / stats["mass"].sum()})
+    return {"silhouette": silhouette, "list": listed}, xy
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1282,9 +1198,19 @@ def probe_auroc(train, test, y_train, y_test):
     return roc_auc_score(y_test, fit.decision_function(test / scale))
 
 
-def enough(y_train, y_test, least):
-    """Whether each side has `least` examples of the class and of the rest."""
-    return min(y_train.sum(), (~y_train).sum(), y_test.sum(), (~y_test).sum()) >= least
+def probe_classes(members, train, test, least, probe):
+    """One class against the rest, for each class. -> {class: probe(y_train, y_test)}
+
+    members: {class: (n,) bool}; train, test: which of the n are on each side. A class needs `least`
+    examples in it and as many out of it on each side, else it is left out.
+    """
+    found = {}
+    for name, member in members.items():
+        y_train = member[train]
+        y_test = member[test]
+        if min(y_train.sum(), (~y_train).sum(), y_test.sum(), (~y_test).sum()) >= least:
+            found[name] = probe(y_train, y_test)
+    return found
 
 
 def sparse_probes(train, test, y_train, y_test, groups):
@@ -1324,6 +1250,7 @@ class Tokens(NamedTuple):
     seg: np.ndarray  # (n,) segment, -1 where left out
     into: np.ndarray  # (n,) tokens since the first of its segment
     topic: np.ndarray  # (n,) number of the document's topic, -1 if none
+    counted: np.ndarray  # (n,) the same, -1 also where it is "Uncategorized"
     topic_names: list
     ids: np.ndarray  # (n,) token ids; None without text
     context: int
@@ -1338,16 +1265,18 @@ def sample_tokens(rows):
     first = np.full(max(seg.max() + 1, 1), len(seg))
     np.minimum.at(first, seg[valid], index[valid])
     into = np.where(valid, index - first[seg], -1)
+    none = [number for number, name in enumerate(names) if name.lower() == "uncategorized"]
+    counted = np.where(np.isin(topic, none), -1, topic)
     ids = None
     if rows.tokens is not None:
         ids = rows.tokens.ravel()
-    return Tokens(rows.doc.ravel(), seg, into, topic, names, ids, rows.doc.shape[1])
+    return Tokens(rows.doc.ravel(), seg, into, topic, counted, names, ids, rows.doc.shape[1])
 
 
-def split_documents(doc):
-    """(n,) True at the tokens of the 70 % of documents (at random) that probes are trained on."""
+def split_documents(doc, share):
+    """(n,) True at the tokens of this share of the documents, drawn at random."""
     documents = np.unique(doc[doc > 0])
-    chosen = np.random.default_rng(0).permutation(len(documents)) < 0.7 * len(documents)
+    chosen = np.random.default_rng(0).permutation(len(documents)) < share * len(documents)
     return np.isin(doc, documents[chosen])
 
 
@@ -1357,27 +1286,25 @@ def topic_sample(known, in_train):
     Single tokens whose topic is known and not "Uncategorized", TOPIC_FROM tokens or more after the
     first of their segment: TOPIC_TOKENS of them at random.
     """
-    topic = without_uncategorized(known.topic_names, known.topic)
-    fit = np.flatnonzero((topic >= 0) & (known.into >= TOPIC_FROM))
+    fit = np.flatnonzero((known.counted >= 0) & (known.into >= TOPIC_FROM))
     fit = np.random.default_rng(0).permutation(fit)[:TOPIC_TOKENS]
     return fit[in_train[fit]], fit[~in_train[fit]]
+
+
+def topic_members(names, topic):
+    """(n,) topics -> {name: (n,) bool, who is of it}."""
+    return {name: topic == number for number, name in enumerate(names)}
 
 
 def token_topic(codes, known, in_train, groups):
     """token_topic_k: a document's topic from ONE token's code. -> {topic: {group: {k: AUROC}}}
 
-    One topic against the rest, on topics with 10 tokens or more on each side.
+    On topics with 10 tokens or more on each side.
     """
     train, test = topic_sample(known, in_train)
-    a = codes[train]
-    b = codes[test]
-    found = {}
-    for number, name in enumerate(known.topic_names):
-        y_train = known.topic[train] == number
-        y_test = known.topic[test] == number
-        if enough(y_train, y_test, 10):
-            found[name] = sparse_probes(a, b, y_train, y_test, groups)
-    return found
+    probe = functools.partial(sparse_probes, codes[train], codes[test], groups=groups)
+    members = topic_members(known.topic_names, known.counted)
+    return probe_classes(members, train, test, 10, probe)
 
 
 @one_thread
@@ -1392,16 +1319,12 @@ def raw_token_topic(x, known, in_train):
     centre = a.mean(0) if len(a) else 0
     a = a - centre
     b = b - centre
-    found = {}
-    every = []
-    for number, name in enumerate(known.topic_names):
-        y_train = known.topic[train] == number
-        y_test = known.topic[test] == number
-        if enough(y_train, y_test, 10):
-            found[name] = sparse_probes(a, b, y_train, y_test, {"raw": slice(None)})
-            every.append(probe_auroc(a, b, y_train, y_test))
+    members = topic_members(known.topic_names, known.counted)
+    probe = functools.partial(sparse_probes, a, b, groups={"raw": slice(None)})
+    found = probe_classes(members, train, test, 10, probe)
+    every = probe_classes(members, train, test, 10, functools.partial(probe_auroc, a, b))
     means = mean_over_classes(found, ("raw",))["raw"]
-    return means | {"all": mean_or_nan(every)}
+    return means | {"all": mean_or_nan(list(every.values()))}
 
 
 def doc_topic(codes, known, in_train, groups):
@@ -1409,21 +1332,17 @@ def doc_topic(codes, known, in_train, groups):
 
     As in token_topic, only documents whose topic is known and not "Uncategorized" take part.
     """
-    topic = without_uncategorized(known.topic_names, known.topic)
-    valid = np.flatnonzero((known.doc > 0) & (topic >= 0))
+    valid = np.flatnonzero((known.doc > 0) & (known.counted >= 0))
     documents, first, which = np.unique(
         known.doc[valid], return_index=True, return_inverse=True)
     weight = 1 / np.bincount(which)[which]
     shape = (len(documents), codes.shape[0])
     mean = (sparse.csr_matrix((weight, (which, valid)), shape=shape) @ codes).tocsr()
-    topic = topic[valid[first]]
     train = in_train[valid[first]]
-    found = {}
-    for number, name in enumerate(known.topic_names):
-        y = topic == number
-        if y.sum() >= 10 and enough(y[train], y[~train], 2):
-            found[name] = sparse_probes(mean[train], mean[~train], y[train], y[~train], groups)
-    return found
+    members = topic_members(known.topic_names, known.counted[valid[first]])
+    members = {name: member for name, member in members.items() if member.sum() >= 10}
+    probe = functools.partial(sparse_probes, mean[train], mean[~train], groups=groups)
+    return probe_classes(members, train, ~train, 2, probe)
 
 
 def token_class(codes, known, in_train, text, groups):
@@ -1434,12 +1353,10 @@ def token_class(codes, known, in_train, text, groups):
         sides.append(side[::max(1, math.ceil(len(side) / CLASS_TOKENS))])
     train, test = sides
     ids, which = np.unique(known.ids, return_inverse=True)
-    found = {}
-    for name, member in token_classes([text(i) for i in ids.tolist()]).items():
-        y = member[which]
-        if enough(y[train], y[test], 2):
-            found[name] = sparse_probes(codes[train], codes[test], y[train], y[test], groups)
-    return found
+    classes = token_classes([text(i) for i in ids.tolist()])
+    members = {name: member[which] for name, member in classes.items()}
+    probe = functools.partial(sparse_probes, codes[train], codes[test], groups=groups)
+    return probe_classes(members, train, test, 2, probe)
 
 
 def document_id(codes, known):
@@ -1495,7 +1412,7 @@ def probes(codes, known, text, groups, raw):
 
     Documents are split 70/30 before anything else. Each value is a mean over classes.
     """
-    in_train = split_documents(known.doc)
+    in_train = split_documents(known.doc, 0.7)
     found = {
         "token_topic": token_topic(codes, known, in_train, groups),
         "doc_topic": doc_topic(codes, known, in_train, groups),
@@ -1516,51 +1433,36 @@ def probes(codes, known, text, groups, raw):
 # --------------------------------------------------------------------------------------------------
 
 
-def lagged_moments(blocks, seg, lag):
-    """Moments over the tokens and the pairs with seg >= 0. blocks: (n,d) tensors of whole rows.
+def slow_directions(blocks, segs, n):
+    """The n slowest directions of the tokens with seg >= 0, fitted at LIMIT_LAG.
 
-    -> mean (d,), covariance C(0) (d,d), lagged covariance C(lag) (d,d), symmetrised; both around
-    the mean over tokens. None where there is no pair. Summed block by block in float64.
+    They are the first n generalised eigenvectors of the lagged covariance against the covariance:
+    slow feature analysis (Wiskott & Sejnowski 2002; Blaschke et al. 2006), regularised by 1e-4 of
+    the mean eigenvalue. blocks: (m,d) tensors of whole rows, added up in float64; segs: (m,) each.
+    -> mean (d,), directions (d,n); None where there is no pair or nothing varies
     """
     d = blocks[0].shape[1]
-    power = np.zeros((d, d))
-    product = np.zeros((d, d))
-    sums = np.zeros((3, d))  # of all tokens, of left ends, of right ends
-    tokens = 0
+    tokens = sum((seg >= 0).sum() for seg in segs)
+    total = sum(x[seg >= 0].double().sum(0) for x, seg in zip(blocks, segs))
+    mean = total.numpy() / max(tokens, 1)
+    covariance = np.zeros((d, d))
+    lagged = np.zeros((d, d))
     pairs = 0
-    start = 0
-    for block in blocks:
-        s = seg[start:start + len(block)]
-        start += len(block)
-        x = block.double().numpy()
-        inside = x[s >= 0]
-        left = pairs_at(s, lag)
-        power += inside.T @ inside
-        product += x[left].T @ x[left + lag]
-        sums += [inside.sum(0), x[left].sum(0), x[left + lag].sum(0)]
-        tokens += len(inside)
-        pairs += len(left)
-    if pairs == 0:
+    for x, seg in zip(blocks, segs):
+        x = x.double().numpy() - mean
+        inside = x[seg >= 0]
+        left = pairs_at(seg, LIMIT_LAG)
+        covariance += inside.T @ inside
+        lagged += x[left].T @ x[left + LIMIT_LAG]
+        pairs += left.size
+    if pairs == 0 or not np.trace(covariance) > 0:
         return None
-    mean = sums[0] / tokens
-    covariance = power / tokens - np.outer(mean, mean)
-    lagged = product / pairs - np.outer(sums[1] / pairs, mean) - np.outer(mean, sums[2] / pairs)
-    lagged += np.outer(mean, mean)
-    return mean, covariance, (lagged + lagged.T) / 2
-
-
-def slow_directions(moments, n):
-    """(d,n) slowest directions: the first n generalised eigenvectors of C(lag) against C(0).
-
-    Slow feature analysis (Wiskott & Sejnowski 2002; Blaschke et al. 2006); C(0) is regularised by
-    1e-4 of its mean eigenvalue.
-    """
-    _, covariance, lagged = moments
-    d = len(covariance)
+    covariance /= tokens
+    lagged /= pairs
     ridge = 1e-4 * np.trace(covariance) / d
     _, vectors = scipy.linalg.eigh(
-        lagged, covariance + ridge * np.eye(d), subset_by_index=[d - n, d - 1])
-    return vectors[:, ::-1]
+        (lagged + lagged.T) / 2, covariance + ridge * np.eye(d), subset_by_index=[d - n, d - 1])
+    return mean, vectors[:, ::-1]
 
 
 def linear_limit(x, known, lags):
@@ -1572,32 +1474,23 @@ def linear_limit(x, known, lags):
     or no pair in a half.
     """
     d = x.shape[1]
-    blocks = x.split(BATCH_ROWS * known.context)
-    out = {"lags": lags, "fitted_at": LIMIT_LAG, "mean": {}}
+    size = BATCH_ROWS * known.context
+    blocks = x.split(size)
+    fitted = split_documents(known.doc, 0.5)
+    segs = np.split(np.where(fitted, known.seg, -1), range(size, len(x), size))
+    found = slow_directions(blocks, segs, min(max(LIMIT_FIRST), d))
+    rho = np.full((len(lags), d), np.nan)
+    if found is not None:
+        mean, directions = found
+        z = [(block.double().numpy() - mean) @ directions for block in blocks]
+        sums = LagSums(directions.shape[1], lags, known.context)
+        sums.update(sparse.csr_matrix(np.concatenate(z)), np.where(fitted, -1, known.seg))
+        rho = sums.autocorr()
+    means = {str(n): np.full(len(lags), np.nan) for n in LIMIT_FIRST}
     for n in LIMIT_FIRST:
-        out["mean"][str(n)] = [math.nan] * len(lags)
-    documents = np.unique(known.doc[known.doc > 0])
-    half = np.random.default_rng(0).permutation(len(documents)) < len(documents) / 2
-    fitted = np.isin(known.doc, documents[half])
-    moments = None
-    if LIMIT_LAG in lags:
-        moments = lagged_moments(blocks, np.where(fitted, known.seg, -1), LIMIT_LAG)
-    if moments is None or not np.trace(moments[1]) > 0:
-        return out
-    directions = slow_directions(moments, min(max(LIMIT_FIRST), d))
-    z = [(block.double().numpy() - moments[0]) @ directions for block in blocks]
-    z = np.concatenate(z)
-    seg = np.where(fitted, -1, known.seg)
-    for k, lag in enumerate(lags):
-        left = pairs_at(seg, lag)
-        a = z[left]
-        b = z[left + lag]
-        sums = [(a * b).sum(0), a.sum(0), b.sum(0), (a * a).sum(0), (b * b).sum(0)]
-        rho = pearson(*sums, np.array(len(left)))
-        for n in LIMIT_FIRST:
-            if n <= d:
-                out["mean"][str(n)][k] = np.mean(rho[:n])
-    return out
+        if n <= d:
+            means[str(n)] = rho[:, :n].mean(1)
+    return {"lags": lags, "fitted_at": LIMIT_LAG, "mean": means}
 
 
 def boundary_places(known):
@@ -1607,25 +1500,18 @@ def boundary_places(known):
     valid tokens of a segment.
     """
     segments = tokens_of_segments(known.seg)
-    before = []
-    after = []
+    places = []
     joins = []
-    for number, tokens in enumerate(segments):
+    for tokens, following in itertools.zip_longest(segments, segments[1:], fillvalue=()):
         for cut in range(EDGE, len(tokens) - EDGE + 1, EDGE):
-            before.append(tokens[cut - EDGE:cut])
-            after.append(tokens[cut:cut + EDGE])
+            places.append(tokens[cut - EDGE:cut + EDGE])
             joins.append(False)
-        if number + 1 == len(segments):
-            continue
-        following = segments[number + 1]
-        same_row = tokens[0] // known.context == following[0] // known.context
-        if same_row and min(len(tokens), len(following)) >= EDGE:
-            before.append(tokens[-EDGE:])
-            after.append(following[:EDGE])
+        long_enough = min(len(tokens), len(following)) >= EDGE
+        if long_enough and tokens[0] // known.context == following[0] // known.context:
+            places.append(np.concatenate([tokens[-EDGE:], following[:EDGE]]))
             joins.append(True)
-    before = np.array(before, int).reshape(-1, EDGE)
-    after = np.array(after, int).reshape(-1, EDGE)
-    return before, after, np.array(joins, bool)
+    places = np.array(places, int).reshape(-1, 2 * EDGE)
+    return places[:, :EDGE], places[:, EDGE:], np.array(joins, bool)
 
 
 def mean_over(values, places):
@@ -1650,20 +1536,14 @@ def cosine_distance(a, b):
     return 1 - np.where(size > 0, dot / np.where(size > 0, size, 1), 0)
 
 
-def boundary_auroc(values, places, centre=0):
-    """AUROC with which the distance of the mean before and after tells joins from insides.
+def boundary_auroc(before, after, joins):
+    """AUROC with which the distance of the means before and after tells joins from insides.
 
-    values: csr codes, or raw activations as a tensor, from whose means `centre` (d,) is taken.
+    before, after: (p,d) csr or dense; joins: (p,) bool. NaN where all places are of one kind.
     """
-    before, after, joins = places
     if joins.all() or not joins.any():
         return math.nan
-    a = mean_over(values, before)
-    b = mean_over(values, after)
-    if torch.is_tensor(values):
-        a = a - centre
-        b = b - centre
-    return roc_auc_score(joins, cosine_distance(a, b))
+    return roc_auc_score(joins, cosine_distance(before, after))
 
 
 def boundary(codes, known, groups, raw):
@@ -1672,10 +1552,13 @@ def boundary(codes, known, groups, raw):
     1 - cos, taken as 1 where no latent fires in the 8 tokens, is the score of an AUROC. codes csr
     of the sample; raw: the AUROC of raw activations (centred). The headline is the lead's.
     """
-    places = boundary_places(known)
-    out = {group: boundary_auroc(codes[:, part], places) for group, part in groups.items()}
-    joins = int(places[2].sum())
-    return out | {"raw": raw, "joins": joins, "inside": len(places[2]) - joins}
+    before, after, joins = boundary_places(known)
+    before = mean_over(codes, before)
+    after = mean_over(codes, after)
+    out = {}
+    for group, part in groups.items():
+        out[group] = boundary_auroc(before[:, part], after[:, part], joins)
+    return out | {"raw": raw, "joins": joins.sum(), "inside": (~joins).sum()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1708,7 +1591,8 @@ class Scorer:
         # the null: tokens permuted inside their segments
         self.null_lags = LagSums(d_sae, lags, context)
         self.null_neighbours = Neighbours(n_lead)
-        self.sample = Sample()
+        self.sample = []  # codes (csr, float32) of the first rows, for what needs them twice
+        self.seen = np.zeros(2, int)  # rows and codes
 
     def update(self, x, seg, shuffled):
         """x (B*T,d_in) float32 on the SAE's device; seg (B*T,); shuffled (B*T,) permutation."""
@@ -1727,7 +1611,15 @@ class Scorer:
             self.neighbours.update(codes, raw, seg, self.context)
             self.null_lags.update(permuted, seg)
             self.null_neighbours.update(permuted, raw[shuffled], seg, self.context)
-        self.sample.update(codes, len(seg) // self.context)
+        self.seen += (len(seg) // self.context, codes.nnz)
+        # one batch at least; what is too much stays too much, so there is no gap
+        if not self.sample or (self.seen <= (SAMPLE_ROWS, SAMPLE_NNZ)).all():
+            self.sample.append(codes.astype(np.float32))
+
+    @property
+    def sample_rows(self):
+        """Number of rows whose codes are kept."""
+        return sum(block.shape[0] for block in self.sample) // self.context
 
 
 def leave_out_sinks(rows, acts):
@@ -1736,10 +1628,7 @@ def leave_out_sinks(rows, acts):
     As in training, with the median of these rows: attention sinks, whose norm is above
     prepare.sink_limit of the ordinary tokens' norms, and zero activations.
     """
-    norms = np.zeros(rows.doc.shape)
-    for start in range(0, len(rows.doc), BATCH_ROWS):
-        x = acts[start:start + BATCH_ROWS]
-        norms[start:start + BATCH_ROWS] = x.float().norm(dim=-1).cpu().numpy()
+    norms = torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32).double().numpy()
     valid = rows.doc > 0
     if not valid.any():
         raise ValueError("the rows hold no ordinary token to score")
@@ -1785,13 +1674,7 @@ def stream(rows, acts, saes, n_lead):
 # consistency.json
 # --------------------------------------------------------------------------------------------------
 
-NO_VALUE = f"no pair of tokens, or no latent with {MIN_FIRINGS} firings that varies"
-NULL_REASONS = {  # why a value may be null, by the top-level key it stands under
-    "position_corr": "no row holds the two positions in one document, or no latent was scored",
-    "clusters": "fewer than 10 latents were scored",
-    "probes": "no topic labels, no tokens, or too few examples of a class on a side of the split",
-    "linear_limit": "fewer dimensions than directions, or no pair at that lag in a half",
-    "boundary": "no row joins two documents with 8 tokens each, or no place lies inside one"}
+NO_VALUE = "null: too few tokens, pairs, latents that fire, documents or topics to give a value"
 
 
 class RawScores(NamedTuple):
@@ -1808,56 +1691,66 @@ def raw_scores(sums, x, rows):
     """RawScores of the rows that x (n,d_in) holds."""
     context = rows.doc.shape[1]
     known = sample_tokens(rows.cut(0, len(x) // context))
-    in_train = split_documents(known.doc)
+    in_train = split_documents(known.doc, 0.7)
     varies = sums.variance > 0
     scale = np.sqrt(sums.variance[varies])
     blocks = (block.double().numpy()[:, varies] for block in x.split(BATCH_ROWS * context))
     position = position_matrix(blocks, known.seg, sums.mean[varies], scale, context)
     topic = raw_token_topic(x, known, in_train)
-    edge = boundary_auroc(x, boundary_places(known), sums.mean)
+    before, after, joins = boundary_places(known)
+    before = mean_over(x, before) - sums.mean
+    after = mean_over(x, after) - sums.mean
+    edge = boundary_auroc(before, after, joins)
     limit = linear_limit(x, known, sums.lags)
     return RawScores(sums, limit, topic, edge, position)
 
 
 def latent_stats(scorer):
-    """Per-latent values (d_sae,) or (L,d_sae) of the codes in their order."""
+    """Per-latent values (d_sae,) or (L,d_sae) of the codes in their order.
+
+    The last three are for clusters() and redundancy() to fill: -1 and NaN mean none.
+    """
     fires = scorer.fidelity.fires
+    d_sae = len(fires)
     sums = scorer.lags
     context = scorer.context
     stats = pair_stats(sums, fires)
     eighth = np.arange(context) * 8 // context
-    by_eighth = np.zeros((8, len(fires)))
-    for part in range(8):
-        here = eighth == part
-        tokens = max(sums.position_tokens[here].sum(), 1)
-        by_eighth[part] = np.abs(sums.by_position[here]).sum(0) / tokens
+    masks = [eighth == part for part in range(8)]
+    by_eighth = np.array([
+        np.abs(sums.by_position[here]).sum(0) / max(sums.position_tokens[here].sum(), 1)
+        for here in masks])
     stats["rate"] = fires / scorer.fidelity.tokens
     stats["mass"] = fires.astype(float)  # how often, not how strongly: no scale enters
     stats["keep"] = fires >= MIN_FIRINGS
     stats["eighths"] = by_eighth / np.maximum(by_eighth.sum(0), 1e-12)
-    stats["eta2"] = 1 - stats["position_invariance"]
+    stats["eta2"] = sums.eta2()
     stats["eta2_chance"] = (context - 1) / scorer.fidelity.tokens
+    stats["autocorr_16"] = np.full(d_sae, np.nan)
+    if 16 in sums.lags:
+        stats["autocorr_16"] = stats["autocorr"][AT_16]
+    stats["cluster"] = np.full(d_sae, -1)
+    stats["partner"] = np.full(d_sae, -1)
+    stats["partner_corr"] = np.full(d_sae, np.nan)
     return stats
 
 
 def pair_stats(sums, fires):
-    """The values of a LagSums, by their names in consistency.json."""
+    """The values of a LagSums that have a null, by their names in consistency.json."""
     return {
         "autocorr": sums.autocorr(), "autocorr_within": sums.autocorr_within(),
-        "persistence": sums.persistence(), "kappa": sums.kappa(fires),
-        "span": sums.span(fires), "position_invariance": 1 - sums.eta2()}
+        "kappa": sums.kappa(fires), "span": sums.span(fires)}
 
 
-def pair_blocks(stats, neighbours, scorer, suffix):
-    """The blocks of consistency.json that have a null, under their names + suffix."""
-    keep = scorer.fidelity.fires >= MIN_FIRINGS
-    mass = scorer.fidelity.fires.astype(float)
+def pair_blocks(stats, scorer):
+    """The blocks of consistency.json that have a null, and under their names + _null the null."""
     out = {}
-    for name, value in stats.items():
-        out[name + suffix] = group_means(value, keep, mass, scorer.groups)
-    out["support_jaccard" + suffix] = by_group_mean(neighbours.jaccard)
-    out["smoothness_S" + suffix] = by_group_mean(neighbours.smoothness)
-    out["S_sum" + suffix] = by_group_mean(neighbours.roughness)
+    for name, value in pair_stats(scorer.null_lags, scorer.fidelity.fires).items():
+        out[name] = group_means(stats[name], stats["keep"], stats["mass"], scorer.groups)
+        out[name + "_null"] = group_means(value, stats["keep"], stats["mass"], scorer.groups)
+    for name in ("support_jaccard", "smoothness_S", "S_sum"):
+        out[name] = by_group_mean(scorer.neighbours.sums[name])
+        out[name + "_null"] = by_group_mean(scorer.null_neighbours.sums[name])
     return out
 
 
@@ -1867,7 +1760,6 @@ def consistency_json(scorer, raw, rows, record, text):
     -> (the contents of consistency.json, latent_stats)
     """
     lags = scorer.lags.lags
-    fires = scorer.fidelity.fires
     stats = latent_stats(scorer)
     keep = stats["keep"]
     mass = stats["mass"]
@@ -1878,13 +1770,10 @@ def consistency_json(scorer, raw, rows, record, text):
             "latents": len(keep[part]), "scored": keep[part].sum(), "mass_share": share}
     out = {
         "hashes": record["hashes"], "scored_on": record["scored_on"],
-        "counts": record["counts"] | {"sample_rows": scorer.sample.rows},
+        "counts": record["counts"] | {"sample_rows": scorer.sample_rows},
         "lags": lags, "groups": groups}
-    null = pair_stats(scorer.null_lags, fires)
-    out |= pair_blocks(null, scorer.null_neighbours, scorer, "_null")
-    own = {name: stats[name] for name in null}
-    out |= pair_blocks(own, scorer.neighbours, scorer, "")
-    out["latents_a_row"] = by_group_mean(scorer.neighbours.latents)
+    out |= pair_blocks(stats, scorer)
+    out["latents_a_row"] = by_group_mean(scorer.neighbours.sums["latents_a_row"])
     out["autocorr_best"] = {
         "n": scorer.n_lead, "mean": best_means(stats["autocorr"], keep, scorer.n_lead)}
     every = {"raw": slice(None)}
@@ -1899,54 +1788,39 @@ def consistency_json(scorer, raw, rows, record, text):
     notes = dict(record["notes"])
     for key, value in out.items():
         if key != "scored_on" and has_null(value):
-            notes[key] = NULL_REASONS.get(key, NO_VALUE)
+            notes[key] = NO_VALUE
     out["notes"] = notes
     return out, stats
 
 
 def sample_blocks(scorer, raw, rows, stats, text):
     """The blocks of consistency.json that need the codes twice."""
-    known = sample_tokens(rows.cut(0, scorer.sample.rows))
-    codes = sparse.vstack(scorer.sample.blocks).tocsr()
-    keep = stats["keep"]
-    mass = stats["mass"]
-    lags = scorer.lags.lags
-    varies = keep & (scorer.lags.variance > 0)
+    known = sample_tokens(rows.cut(0, scorer.sample_rows))
+    codes = sparse.vstack(scorer.sample).tocsr()
+    varies = stats["keep"] & (scorer.lags.variance > 0)
     latents = np.flatnonzero(varies)
     scale = np.sqrt(scorer.lags.variance[varies])
-    blocks = (block[:, latents] for block in scorer.sample.blocks)
+    blocks = (block[:, latents] for block in scorer.sample)
     matrix, count = position_matrix(
         blocks, known.seg, scorer.lags.mean[varies], scale, scorer.context)
     toeplitz = {"codes": toeplitzness(matrix, count), "raw": toeplitzness(*raw.position)}
     position = {
         "step": math.ceil(scorer.context / MATRIX_SIDE), "codes": plain(matrix, 5),
         "raw": plain(raw.position[0], 5), "toeplitzness": toeplitz}
-
-    empty = {"silhouette": None, "list": []}
-    found = Clusters(empty, np.full(len(keep), -1), np.zeros((len(latents), 2)))
+    out = {"position_corr": position, "clusters": None, "redundancy": None, "latents": None}
     if len(latents) >= 10:
-        found = clusters(codes, latents, stats, known.topic, lags)
-    # of a very large dictionary the heaviest latents only
-    listed = np.sort(np.argsort(-mass[latents], kind="stable")[:MAX_COMPARED])
-    at = latents[listed]
-    n_valid = int((known.doc > 0).sum())
-    same = redundancy(codes, n_valid, at, mass, found.of)
-    crowd = np.isin(np.arange(len(keep)), same.together)
-    same.block["together_count"] = len(same.together)
-    same.block["together_mass_share"] = ratio(mass[crowd].sum(), mass.sum())
-    same.block["apart"] = {}  # the scores without them
-    for name in ("autocorr", "autocorr_within"):
-        apart = group_means(stats[name][0], keep & ~crowd, mass, {"whole": slice(None)})
-        same.block["apart"][name] = apart["whole"]
-    lag16 = max(k for k, lag in enumerate(lags) if lag <= 16)
-    table = {
-        "index": at, "autocorr_1": stats["autocorr"][0, at],
-        "autocorr_16": stats["autocorr"][lag16, at], "cluster": found.of[at],
-        "partner": same.partner[at], "partner_corr": same.partner_corr[at],
-        "x": found.xy[listed, 0], "y": found.xy[listed, 1]}
-    return {
-        "position_corr": position, "clusters": found.block, "redundancy": same.block,
-        "latents": {name: plain(value, 3) for name, value in table.items()},
+        out["clusters"], xy = clusters(codes, latents, stats, known.topic, scorer.lags.lags)
+        # of a very large dictionary the heaviest latents only
+        listed = np.sort(np.argsort(-stats["mass"][latents], kind="stable")[:MAX_COMPARED])
+        at = latents[listed]
+        out["redundancy"] = redundancy(codes, int((known.doc > 0).sum()), at, stats)
+        table = {
+            "index": at, "autocorr_1": stats["autocorr"][0, at], "x": xy[listed, 0],
+            "y": xy[listed, 1]}
+        for name in ("autocorr_16", "cluster", "partner", "partner_corr"):
+            table[name] = stats[name][at]
+        out["latents"] = {name: plain(value, 3) for name, value in table.items()}
+    return out | {
         "probes": probes(codes, known, text, scorer.groups, raw.token_topic),
         "boundary": boundary(codes, known, scorer.groups, raw.boundary)}
 
@@ -1956,7 +1830,6 @@ def sample_blocks(scorer, raw, rows, stats, text):
 # --------------------------------------------------------------------------------------------------
 
 
-AT_16 = LAGS.index(16)
 HEADLINE = {  # name in final_info.json: where the value stands in consistency.json
     "autocorr_1": ("autocorr", "whole", "mean", 0),
     "autocorr_1_mass": ("autocorr", "whole", "mass", 0),
@@ -1991,9 +1864,9 @@ SEPARATIONS = {  # name: the probe, the group that should know more, the one tha
 
 
 def look_up(tree, path):
-    """The value at a path of keys and list indices; None where a list is too short."""
+    """The value at a path of keys and list indices; None where a block is, or a list too short."""
     for key in path:
-        if isinstance(tree, list) and key >= len(tree):
+        if tree is None or (isinstance(tree, list) and key >= len(tree)):
             return None
         tree = tree[key]
     return tree
@@ -2006,11 +1879,8 @@ def headline(core, consistency):
     for name, path in HEADLINE.items():
         out[name] = look_up(consistency, path)
     for name, (kind, more, less) in SEPARATIONS.items():
-        high = consistency["probes"][kind][more]["5"]
-        low = consistency["probes"][kind][less]["5"]
-        out[name] = None
-        if high is not None and low is not None:
-            out[name] = high - low
+        pair = [consistency["probes"][kind][group]["5"] for group in (more, less)]
+        out[name] = None if None in pair else pair[0] - pair[1]
     return out
 
 
@@ -2072,14 +1942,11 @@ def topic_preference(codes, topic, n_topics):
     Preferred: the topic in which it fires most beyond what its share of the tokens would give,
     counted in standard deviations of that number. -> (d_sae,) topic or -1, (d_sae,) lift
     """
-    known = topic >= 0
-    if not known.any():
+    known = np.flatnonzero(topic >= 0)
+    if known.size == 0:
         return np.full(codes.shape[1], -1), np.full(codes.shape[1], math.nan)
-    place = (topic[known], np.flatnonzero(known))
-    one_hot = sparse.csr_matrix((np.ones(known.sum()), place), shape=(n_topics, len(topic)))
-    on = sparse.csr_matrix((np.ones(codes.nnz), codes.indices, codes.indptr), shape=codes.shape)
-    fires = (one_hot @ on).toarray()
-    share = np.bincount(topic[known], minlength=n_topics) / known.sum()
+    fires = sums_by(codes != 0, known, topic[known], n_topics)
+    share = np.bincount(topic[known], minlength=n_topics) / known.size
     expected = share[:, None] * fires.sum(0)
     beyond = (fires - expected) / np.sqrt(np.maximum(expected, 1e-12))
     beyond[share == 0] = -np.inf
@@ -2129,24 +1996,22 @@ class Page:
 
     def __init__(self, rows, scorer, text):
         context = rows.doc.shape[1]
-        n_rows = min(scorer.sample.rows, max(1, PAGE_TOKENS // context))
+        n_rows = min(scorer.sample_rows, max(1, PAGE_TOKENS // context))
         self.context = context
         self.known = sample_tokens(rows.cut(0, n_rows))
-        codes = sparse.vstack(scorer.sample.blocks).tocsr()
+        codes = sparse.vstack(scorer.sample).tocsr()
         self.codes = codes[:n_rows * context]
         self.columns = self.codes.tocsc()
         self.columns.sort_indices()
         self.segments = [  # (row, from, to) of each segment
             (int(tokens[0]) // context, int(tokens[0]) % context, int(tokens[-1]) % context + 1)
             for tokens in tokens_of_segments(self.known.seg)]
-        self.topic = without_uncategorized(self.known.topic_names, self.known.topic)
         self.strings = []
         self.index = np.empty((0, context), int)
         if rows.tokens is not None:
             ids, where = np.unique(self.known.ids, return_inverse=True)
             self.strings = [text(token) for token in ids.tolist()]
             self.index = where.reshape(-1, context)
-            self.ids = ids
 
     def documents(self):
         """[[from, to, topic]] of each row; topic -1 where there is none."""
@@ -2165,11 +2030,13 @@ class Page:
         return at[value > 0], value[value > 0]
 
     def top(self, latent):
-        """Indices into the page's tokens of those on which the latent adds up highest."""
-        tokens = top_tokens(self.columns, self.known.ids, latent)
-        if not tokens:
+        """Numbers of the tokens, in the page's list, on which the latent adds up highest."""
+        if len(self.index) == 0:
             return []
-        return np.searchsorted(self.ids, tokens).tolist()
+        at, value = self.firings(latent)
+        total = np.bincount(self.index.ravel()[at], value, 1)
+        best = np.argsort(-total, kind="stable")[:5]
+        return best[total[best] > 0].tolist()
 
     def passages(self, latent):
         """Where the latent fires: its highest firings and some nearer to the middle."""
@@ -2213,25 +2080,21 @@ class Page:
         """
         if len(self.index) == 0:
             return []
-        docs = [self.known.doc[row * self.context + start] for row, start, _ in self.segments]
+        begins = [row * self.context + start for row, start, _ in self.segments]
+        docs = self.known.doc[begins]
+        topics = self.known.counted[begins]
         times = np.bincount(docs)
-        ranked = []
+        keys = []
         for number, (row, start, stop) in enumerate(self.segments):
             follows = number + 1 < len(docs) and self.segments[number + 1][0] == row
             # the first row may begin with the end of a document that is not here
             whole = follows and times[docs[number]] == 1 and row > 0
-            topic = int(self.topic[row * self.context + start])
-            ranked.append((not whole, start - stop, number, topic))
-        ranked.sort()
-        picked = []
-        topics = set()
-        for _, _, number, topic in ranked:
-            if topic not in topics and len(picked) < TEXTS:
-                topics.add(topic)
-                picked.append(number)
-        for _, _, number, _ in ranked:
-            if number not in picked and len(picked) < TEXTS:
-                picked.append(number)
+            keys.append((not whole, start - stop, number))
+        ranked = [number for _, _, number in sorted(keys)]
+        best = {}  # of each topic
+        for number in ranked:
+            best.setdefault(topics[number], number)
+        picked = list(dict.fromkeys([*best.values(), *ranked]))[:TEXTS]
         out = [self.excerpt("document", *self.segments[number]) for number in sorted(picked)]
         return out + self.join()
 
@@ -2267,22 +2130,19 @@ def listed_latents(stats, fires):
     return np.sort(np.concatenate([heavy, slow])), note
 
 
-def page_latents(page, stats, table, listed, up):
-    """The entries of "latents". table: the block "latents" of consistency.json."""
-    place = {latent: at for at, latent in enumerate(table["index"])}
-    best, lift = topic_preference(page.codes, page.topic, len(page.known.topic_names))
+def page_latents(page, stats, listed, up):
+    """The entries of "latents". up: the tokens that each one listed pushes up."""
+    best, lift = topic_preference(page.codes, page.known.counted, len(page.known.topic_names))
+    scored = stats["keep"]
+    rho1 = np.where(scored, stats["autocorr"][0], np.nan)
+    rho16 = np.where(scored, stats["autocorr_16"], np.nan)
     out = []
     for latent, tokens in zip(listed.tolist(), up):
-        entry = {"i": latent, "rate": stats["rate"][latent], "span": stats["span"][latent]}
-        entry |= {"rho1": None, "rho16": None, "cluster": -1, "partner": -1, "partner_corr": None}
-        if latent in place:
-            at = place[latent]
-            entry["rho1"] = table["autocorr_1"][at]
-            entry["rho16"] = table["autocorr_16"][at]
-            for name in ("cluster", "partner", "partner_corr"):
-                entry[name] = table[name][at]
         _, value = page.firings(latent)
-        entry |= {
+        entry = {
+            "i": latent, "rate": stats["rate"][latent], "span": stats["span"][latent],
+            "rho1": rho1[latent], "rho16": rho16[latent], "cluster": stats["cluster"][latent],
+            "partner": stats["partner"][latent], "partner_corr": stats["partner_corr"][latent],
             "topic": best[latent], "topic_lift": lift[latent], "top": page.top(latent),
             "up": tokens, "max": value.max(initial=0.0)}
         out.append(plain(entry, 3) | {"passages": page.passages(latent)})
@@ -2310,11 +2170,12 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
         "dataset": scored_on["dataset"], "temp_loss": cfg.get("temp_loss"),
         "temp_alpha": cfg.get("temp_alpha"), "window": cfg.get("window"),
         "headline": numbers, "note": note}
+    kinds = consistency["clusters"] or {"list": []}
     return plain(about, 5) | {
-        "clusters": [cluster["name"] for cluster in consistency["clusters"]["list"]],
+        "clusters": [cluster["name"] for cluster in kinds["list"]],
         "topics": page.known.topic_names, "tokens": page.strings, "rows": page.index.tolist(),
         "docs": page.documents(),
-        "latents": page_latents(page, stats, consistency["latents"], listed, up),
+        "latents": page_latents(page, stats, listed, up),
         "texts": page.texts()}
 
 
@@ -2469,14 +2330,16 @@ def check_recorded(run_dir, identity):
 
 
 def score_behaviour(held_out, saes):
-    """-> (lm_behaviour of each SAE or None each, notes that say why None)."""
+    """-> (lm_behaviour of each SAE, all NaN without a model or rows; notes that say why)."""
     reason = None
     if held_out.lm is None:
         reason = "scored on given activations: there is no language model to run"
     elif not (held_out.ce_rows.doc > 0).any():
         reason = "no row with an ordinary token was set aside for them"
     if reason:
-        return [None] * len(saes), {"ce_loss_score, kl_div_score": reason}
+        unknown = dict.fromkeys(("clean", "ablation", "sae"), math.nan)
+        scores = behaviour_scores(unknown, unknown, "sae")
+        return [scores] * len(saes), {"ce_loss_score, kl_div_score": reason}
     return lm_behaviour(held_out.lm, held_out.block, saes, held_out.ce_rows), {}
 
 
@@ -2489,32 +2352,24 @@ def count_rows(held_out, rows, left_out):
         "documents": len(np.unique(rows.doc[rows.doc > 0])), "segments": int(seg.max()) + 1}
 
 
-def write_compact(path, tree):
-    """Write a large JSON file without spaces, one line for each top-level key."""
-    lines = []
-    for key, value in tree.items():
-        value = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        lines.append(f"{json.dumps(key)}:{value}")
-    content = "{" + ",\n".join(lines) + "}\n"
-
-    def write(part):
-        Path(part).write_text(content, encoding="utf-8")
-    prepare.write_whole(path, write)
-
-
 def evaluate_run(run_dir, *, out=None, **changes):
     """Score every seed of a run, or one SAE folder; write the four files; return final_info.
 
     run_dir: a run (config.json, seed_K/...) or a folder with cfg.json and sae_weights.safetensors.
     out: where to write, else run_dir.
     changes: settings that take precedence over config.json (model, layer, dataset, device, ...).
-    All seeds share one pass over the rows. Nothing is written until everything is computed.
+    All seeds share one pass over the rows. No score is written before all of them are computed.
     """
     run_dir = Path(run_dir)
     out = Path(out or run_dir)
+    home = run_dir.resolve()
+    in_place = out.resolve() == home
+    if in_place and home.name.startswith("seed_") and (home.parent / "config.json").is_file():
+        raise ValueError(
+            f"{run_dir} is one seed of a run, which keeps its own scores: score the run, or give "
+            "--out FOLDER")
     cfg, notes = read_settings(run_dir, changes)
-    is_run = (run_dir / "config.json").is_file()
-    if is_run and "settings" in notes and out.resolve() == run_dir.resolve():
+    if in_place and "settings" in notes and (home / "config.json").is_file():
         raise ValueError(
             f"{notes['settings']}: give --out FOLDER, so that the run keeps its own scores")
     seed_dirs = find_seeds(run_dir, cfg)
@@ -2547,22 +2402,22 @@ def evaluate_run(run_dir, *, out=None, **changes):
             "notes": notes | reasons}
         core = core_json(scorer, lm_scores, record)
         consistency, stats = consistency_json(scorer, raw, rows, record, held_out.text)
-        home = out
+        folder = out
         if len(seed_dirs) > 1:
-            home = out / seed_dir.name
-        files[home / "core.json"] = core
-        files[home / "consistency.json"] = consistency
+            folder = out / seed_dir.name
+        files[folder / "core.json"] = core
+        files[folder / "consistency.json"] = consistency
         heads.append(headline(core, consistency))
         if seed_dir == seed_dirs[0]:
             first = (scorer, stats, consistency)
     mcc = pw_mcc([sae.W_dec for sae in saes])
     final = {held_out.scored_on["dataset"]: summarise(heads, mcc)}
-    page = latents_json(cfg, held_out, *first, final, run_dir.resolve().name)
+    page = latents_json(cfg, held_out, *first, final, home.name)
     for path, tree in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         prepare.write_json(path, tree)
-    write_compact(out / "latents.json", page)
-    prepare.write_json(out / "final_info.json", final)  # last: its presence says the rest is there
+    prepare.write_json(out / "latents.json", page)
+    prepare.write_json(out / "final_info.json", final)  # last: it says that a new folder is whole
     return final
 
 
@@ -2583,14 +2438,25 @@ class Scored(NamedTuple):
     """What is on disk of one scored run."""
 
     title: str
-    info: dict  # the one block of final_info.json
+    scores: dict  # name of a headline value: its values of all seeds
     seeds: tuple  # (first seed, number of seeds)
-    judge: dict  # hashes and scored_on of consistency.json; None where git keeps the headline only
+    judge: dict  # consistency.json of the first seed; None where git keeps the headline only
+
+
+SAME = {  # what runs that are compared should share: where it stands in consistency.json
+    "by evaluate.py": ("hashes", "evaluate"),
+    "on the rows": ("hashes", "rows"),
+    "on model": ("scored_on", "model"),
+    "on layer": ("scored_on", "layer"),
+    "in dtype": ("scored_on", "dtype"),
+    "with sample_rows": ("counts", "sample_rows")}  # fewer are kept of a code with a high L0
 
 
 def read_scored(run):
     """Scored of a folder."""
-    info = next(iter(prepare.read_json(run / "final_info.json").values()))
+    scores = next(iter(prepare.read_json(run / "final_info.json").values()))["final_info_dict"]
+    if "pw_mcc" in scores:
+        scores["pw_mcc"] = [np.mean(scores["pw_mcc"])]  # pairs share seeds: no error
     config = {}
     if (run / "config.json").is_file():
         config = prepare.read_json(run / "config.json")
@@ -2598,37 +2464,41 @@ def read_scored(run):
     for path in [run / "consistency.json", *sorted(run.glob("seed_*/consistency.json"))]:
         if path.is_file() and judge is None:
             judge = prepare.read_json(path)
-    return Scored(run.name, info, (config.get("seed", 0), config.get("n_seeds", 1)), judge)
+    return Scored(run.name, scores, (config.get("seed", 0), config.get("n_seeds", 1)), judge)
 
 
-def gap_text(first, other, name):
-    """The difference of one value to the first run's, paired by seed where both have the same."""
-    a = first.info["final_info_dict"].get(name)
-    b = other.info["final_info_dict"].get(name)
-    if not a or not b or name == "pw_mcc":
-        return "-"
-    if first.seeds == other.seeds and len(a) == len(b) > 1:
-        gap = np.subtract(b, a)
-        return f"{gap.mean():+.4g} ± {np.std(gap, ddof=1) / math.sqrt(len(gap)):.2g}"
-    return f"{np.mean(b) - np.mean(a):+.4g}"
-
-
-def value_text(scored, name):
-    """Mean ± standard error of one value."""
-    if name not in scored.info["means"]:
-        return "-"
-    text = f"{scored.info['means'][name]:.4g}"
-    if name in scored.info["stderrs"]:
-        text += f" ± {scored.info['stderrs'][name]:.2g}"
+def with_error(values, sign=""):
+    """Mean of the seeds ± standard error, which one seed has not. sign: "+" shows it always."""
+    text = f"{np.mean(values):{sign}.4g}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2g}"
     return text
+
+
+def value_text(run, name):
+    """One value of a run, "-" where it has none."""
+    if name not in run.scores:
+        return "-"
+    return with_error(run.scores[name])
+
+
+def gap_text(first, run, name):
+    """The difference of one value to the first run's, paired by seed where both have the same."""
+    if name not in first.scores or name not in run.scores:
+        return "-"
+    a = first.scores[name]
+    b = run.scores[name]
+    if first.seeds == run.seeds and len(a) == len(b):
+        return with_error(np.subtract(b, a), "+")
+    return with_error([np.mean(b) - np.mean(a)], "+")
 
 
 def comparison_notes(first, other):
     """Sentences on why two runs may not be comparable."""
     notes = []
-    l0 = first.info["means"].get("l0")
-    other_l0 = other.info["means"].get("l0")
-    if l0 and other_l0 and abs(other_l0 / l0 - 1) > 0.01:
+    l0 = np.mean(first.scores["l0"])
+    other_l0 = np.mean(other.scores["l0"])
+    if abs(other_l0 - l0) > 0.01 * l0:
         notes.append(
             f"{other.title} has L0 {other_l0:.4g} against {l0:.4g}: not within 1 %, so smoothness "
             "and autocorrelation are not comparable")
@@ -2637,20 +2507,11 @@ def comparison_notes(first, other):
             f"without both consistency.json nothing shows that {other.title} and {first.title} "
             "were scored alike")
         return notes
-    for name in ("evaluate", "rows"):
-        if other.judge["hashes"][name] != first.judge["hashes"][name]:
-            what = {"evaluate": "by another evaluate.py", "rows": "on other rows"}[name]
-            notes.append(f"{other.title} was scored {what} than {first.title}")
-    rows = [run.judge["counts"]["sample_rows"] for run in (first, other)]
-    if rows[0] != rows[1]:
-        notes.append(
-            f"{first.title} was probed on {rows[0]} rows, {other.title} on {rows[1]}: of a code "
-            "with a high L0 fewer rows are kept")
-    for name in ("model", "layer", "dtype"):
-        mine = other.judge.get("scored_on", {}).get(name)
-        theirs = first.judge.get("scored_on", {}).get(name)
-        if mine != theirs:
-            notes.append(f"{other.title} was scored on {name} {mine}, {first.title} on {theirs}")
+    for what, (block, key) in SAME.items():
+        a = first.judge[block].get(key)
+        b = other.judge[block].get(key)
+        if a != b:
+            notes.append(f"{other.title} was scored {what} {b}, {first.title} {what} {a}")
     return notes
 
 
@@ -2659,21 +2520,18 @@ def compare(run_dirs):
     runs = [read_scored(run) for run in run_dirs]
     if len({run.title for run in runs}) < len(runs):
         runs = [run._replace(title=str(path)) for run, path in zip(runs, run_dirs)]
-    first = runs[0]
-    names = []
-    for run in runs:
-        names += [name for name in run.info["means"] if name not in names]
-    table = [["", *(run.title for run in runs), *(f"{r.title} - {first.title}" for r in runs[1:])]]
-    for name in names:
+    first, *others = runs
+    titles = [run.title for run in runs]
+    table = [["", *titles, *(f"{run.title} - {first.title}" for run in others)]]
+    for name in dict.fromkeys(name for run in runs for name in run.scores):
         values = [value_text(run, name) for run in runs]
-        gaps = [gap_text(first, run, name) for run in runs[1:]]
+        gaps = [gap_text(first, run, name) for run in others]
         table.append([name, *values, *gaps])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        print("  ".join(cells).rstrip())
-    for run in runs[1:]:
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    for name, *cells in table:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *cells]))
+    for run in others:
         for note in comparison_notes(first, run):
             print(f"note: {note}")
 
@@ -2701,34 +2559,6 @@ OPTIONS = (  # name, type, help; all of them take precedence over the run's conf
     ("cache_dir", str, "rows and held-out activations; default ~/.cache/temporal-sae"))
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ValueError, so that main returns and never exits."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-@contextlib.contextmanager
-def sigterm_raises():
-    """While open, SIGTERM raises Terminated; the handler before is restored at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def handle(number, frame):
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def find_run(name):
     """Folder of a run. A bare name is looked for in runs/ and runs/study/ of this repo first."""
     path = Path(name).expanduser()
@@ -2736,14 +2566,12 @@ def find_run(name):
         for folder in (REPO / "runs", REPO / "runs" / "study"):
             if (folder / path).is_dir():
                 return folder / path
-    if not path.exists() and (REPO / path).exists():
-        return REPO / path
     return path
 
 
 def parse(argv):
-    """Command line -> argparse's namespace."""
-    parser = Parser(
+    """Command line -> argparse's namespace; of OPTIONS it holds those that were given."""
+    parser = prepare.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument(
@@ -2752,26 +2580,8 @@ def parse(argv):
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for name, kind, text in OPTIONS:
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*flags, dest=name, type=kind, help=text)
+        parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=text)
     return parser.parse_args(argv)
-
-
-def command(args):
-    """Do what the command line says."""
-    runs = [find_run(name) for name in args.runs]
-    changes = {}
-    for name, _, _ in OPTIONS:
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
-    if len(runs) > 1:
-        if changes or args.out:
-            raise ValueError(
-                "several runs are compared from scores on disk; options go with one run")
-        compare(runs)
-        return
-    final = evaluate_run(runs[0], out=args.out, **changes)
-    print_scores(final)
-    print(f"written: {args.out or runs[0]}")
 
 
 def report(error, debug):
@@ -2793,25 +2603,36 @@ def report(error, debug):
 
 
 def main(argv=None):
-    """The command. -> exit code: 0, 1 it failed, 2 bad usage or input, 130/143 stopped."""
+    """The command. -> exit code: 0, 1 it failed, 2 bad usage or input, 130 stopped by Ctrl-C."""
     debug = False
     try:
-        args = parse(argv)
-        debug = args.debug
-        with sigterm_raises():
-            command(args)
+        changes = vars(parse(argv))
+        debug = changes.pop("debug")
+        out = changes.pop("out")
+        runs = [find_run(name) for name in changes.pop("runs")]
+        if len(runs) == 1:
+            print_scores(evaluate_run(runs[0], out=out, **changes))
+            print(f"written: {out or runs[0]}")
+        elif changes or out:
+            raise ValueError(
+                "several runs are compared from scores on disk; options go with one run")
+        else:
+            compare(runs)
     except Exception as error:  # whatever went wrong, the user gets one sentence
         return report(error, debug)
     except KeyboardInterrupt:
         if argv is not None:  # called from Python: stop the caller's loop too
             raise
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
-    except Terminated:
-        print("terminated: nothing was written", file=sys.stderr)
-        return 143
     return 0
 
 
+def terminate(number, frame):
+    """The handler of SIGTERM: exit with 143, so that `finally` removes half-written files."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
