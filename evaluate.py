@@ -2276,7 +2276,6 @@ def hold_out_acts(cfg, width):
     check_width(data.acts.shape[-1], width, public_name(cfg["acts"]))
     held = np.asarray(data.heldout)
     doc = np.asarray(data.doc)[held]
-
     acts = data.acts[held]
     digest = prepare.sha256(doc, acts.view(torch.uint8).numpy())
     scored_on = {
@@ -2299,7 +2298,7 @@ def hold_out_text(cfg, width, device):
     held = inputs.heldout[0:len(inputs.heldout)]
     rows = Rows(
         np.asarray(held["tokens"], np.int64), np.asarray(held["doc"], np.int32),
-        inputs.topics or {})
+        inputs.topics)
     n_ce = cfg["reconstruction_rows"]
     if not 0 <= n_ce < len(rows.tokens):
         raise ValueError(
