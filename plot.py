@@ -45,18 +45,21 @@ labels = {  # run directory under runs/study -> label, in the order drawn
     "run_5": "GELU",
     "run_6": "temporal (ours)",
     "run_7": "temporal, weight 1",
+    "run_8": "temporal, weight .5",
     "tsae_published": "T-SAE (as published)",
     "tsae_released": "T-SAE (as released)",
     "tsae_tuned": "T-SAE (tuned)",
     "matryoshka": "Matryoshka",
     "gemma_base": "Gemma 3: baseline",
     "gemma_ours": "Gemma 3: temporal (ours)",
-    "gemma_tsae": "Gemma 3: T-SAE (tuned)",
+    "gemma_low": "Gemma 3: temporal, weight .1",
+    "gemma_tsae": "Gemma 3: T-SAE (cosines)",
+    "gemma_tsae_dot": "Gemma 3: T-SAE (inner products)",
 }
 # The runs of the study in the two top-level pictures, in those of latents, and in consistency.png.
 LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
 PAIR = ("run_0", "run_6")
-TRIO = ("run_0", "tsae_released", "run_6")
+TRIO = ("run_0", "tsae_tuned", "run_6")
 LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
     "window_mean": ("window mean (ours)", "#D55E00", "D", "-"),
     "selective": ("selective", "#117733", ">", (0, (3, 1))),

@@ -40,8 +40,9 @@ STUDY = {
     # Baseline and default
     "run_0": "--temp_alpha 0 --n_seeds 5",
     "run_6": "--n_seeds 5",
-    # A stronger point of the same frontier
+    # Stronger points of the same frontier
     "run_7": "--temp_alpha 1 --n_seeds 3",
+    "run_8": "--temp_alpha 0.5 --n_seeds 3",
     # The ladder of the first notebook, each rung on top of the one before; 5 takes LayerNorm out
     "run_1": f"{SQDIFF} --temp_alpha 1e-3 --grad_clip 0 --schedule constant --warmup_steps 0",
     "run_2": f"{SQDIFF} --temp_alpha 1e-3 --schedule constant --warmup_steps 0 --init xavier",
@@ -63,11 +64,15 @@ STUDY = {
     "k16_ours": "--k 16 --n_seeds 3",
     "k64_base": "--k 64 --temp_alpha 0 --n_seeds 3",
     "k64_ours": "--k 64 --n_seeds 3",
-    # A second model. Raw units: its variance is 3200 times that of the first one's layer
+    # A second model. Raw units: its variance is 3200 times that of the first one's layer, so these are
+    # cosines with the weight 1000 (a good one in short runs) and tsae_tuned
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
-    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce_dot --temp_alpha 1600 --temperature 3200 "
-                  "--matryoshka_alpha 0.15 --n_seeds 3",
+    "gemma_low": f"{GEMMA} --temp_alpha 0.1 --n_seeds 3",
+    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce --temp_alpha 3.2e6 --matryoshka_alpha 0.25 "
+                  "--n_seeds 3",
+    "gemma_tsae_dot": f"{GEMMA} {LEAD} --temp_loss infonce_dot --temp_alpha 1600 "
+                      "--temperature 3200 --matryoshka_alpha 0.15 --n_seeds 3",
 }
 
 # The grids have a fifth of the token visits and no CE or KL, which take half of the scoring.
