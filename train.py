@@ -41,8 +41,8 @@ STUDY = {
     "run_0": "--temp_alpha 0 --n_seeds 5",
     "run_6": "--n_seeds 5",
     # Stronger points of the same frontier
-    "run_7": "--temp_alpha 1 --n_seeds 3",
     "run_8": "--temp_alpha 0.5 --n_seeds 3",
+    "run_7": "--temp_alpha 1 --n_seeds 3",
     # The ladder of the first notebook, each rung on top of the one before; 5 takes LayerNorm out
     "run_1": f"{SQDIFF} --temp_alpha 1e-3 --grad_clip 0 --schedule constant --warmup_steps 0",
     "run_2": f"{SQDIFF} --temp_alpha 1e-3 --schedule constant --warmup_steps 0 --init xavier",
