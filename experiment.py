@@ -583,7 +583,10 @@ class DenseCodes:
 
 
 def encode_dense(sae, x, ok, n_valid):
-    """x (B, d_in), ok (B,) bool, n_valid of them True -> DenseCodes. Never waits for the device."""
+    """x (B, d_in) -> DenseCodes. Never waits for the device.
+
+    ok (B,) bool: which tokens are ordinary; n_valid: how many are.
+    """
     pre = sae.pre_activations(x)
     if sae.sparsity == "l1":
         return DenseCodes(sae.activate(pre) * ok[:, None])
@@ -821,7 +824,7 @@ class Activations(NamedTuple):
         """Chunks of neighbouring tokens, numbered through all rows: ids (S,) -> (S, C, d_in)."""
         per_row = self.doc.shape[1] // chunk_size
         row, place = self.order[ids // per_row], ids % per_row
-        if len(self.files) == 1:  # --acts, or all on a GPU: one gather
+        if len(self.files) == 1:  # --acts, all on a GPU, or a small harvest: one gather
             whole = self.files[0].unflatten(1, (per_row, chunk_size)).flatten(0, 1)
             index = torch.from_numpy(row * per_row + place)
             return whole[to_device(index, whole.device)]
@@ -853,7 +856,8 @@ class Harvest:
             self.calibration = self.own_rows(self.own.calibration)
         else:
             self.own = None
-            # .train and .calibration are data sets of rows {"tokens": (T,), "doc": (T,)}.
+            # .train and .calibration are data sets of rows {"tokens": (T,), "doc": (T,)}; the
+            # eval_rows held-out rows are read by evaluate.py only.
             self.inputs = prepare.text_rows(
                 cfg.dataset, cfg.model, context_size=cfg.context_size, eval_rows=cfg.eval_rows,
                 harvest_tokens=cfg.harvest_tokens, **text_options(cfg))
@@ -887,7 +891,8 @@ class Harvest:
     def mask_sinks(self, doc, norms):
         """doc (N, T) with 0 also at attention sinks and at padding, whose norm is 0.
 
-        The calibration rows, which come first, say what a sink is.
+        The norm of a sink is above ten times the median of the ordinary tokens of the calibration
+        rows, which come first.
         """
         if self.sink_limit is None:
             ordinary = norms[(doc > 0) & (norms > 0)]
@@ -1298,6 +1303,8 @@ def broadcast(value):
 def save_sae(sae, folder, cfg, x):
     """Write `sae` in SAELens' format; beside it x, some raw calibration tokens, with their codes.
 
+    -> SHA-256 of the weights.
+
     SAELens has no gelu: such an SAE gets an architecture name that SAELens refuses, so that it is
     not loaded wrongly.
     """
@@ -1479,9 +1486,9 @@ def run(cfg, stop):
                 continue
             sae = train(cfg, seed, harvest, stop)
             if RANK == 0:
-                trained = save_sae(sae, folder, cfg, harvest.calibration_tokens()[:8])
+                sha256 = save_sae(sae, folder, cfg, harvest.calibration_tokens()[:8])
                 prove_saved(sae, folder)
-                say(f"seed {seed}: weights {trained[:12]} saved in {folder}")
+                say(f"seed {seed}: weights {sha256[:12]} saved in {folder}")
         harvest.delete_part()
         if RANK > 0:
             return {}
