@@ -351,7 +351,7 @@ class Acceptance:
         """Run all parts; print the table and the verdicts. -> exit code, 1 if one is FAIL."""
         began = time.perf_counter()
         verdicts = []
-        for part in (self.gradients, self.nan_step, self.same_bits, self.runs,
+        for part in (self.gradients, self.nan_step, self.same_bits, self.hooks, self.runs,
                      self.steps, self.feed, self.harvest):
             print(f"{part.__name__}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
             try:
@@ -428,6 +428,21 @@ class Acceptance:
                 ends.append(step.trainer.parameters)
             same = all(torch.equal(a, b) for a, b in zip(*ends))
             yield f"same bits twice, {kind}", same, "equal" if same else "they differ"
+
+    def hooks(self):
+        """The hook on the device against hidden_states in float32 on the CPU."""
+        tokens = torch.randint(4096, (3, 64), generator=torch.Generator().manual_seed(0))
+        for family in ("gpt2", "gemma2"):
+            size = "tiny" if self.tiny else family
+            lm = random_lm(family, size, 4, torch.float32, "cpu")
+            with torch.inference_mode():
+                true = lm(tokens, output_hidden_states=True).hidden_states[3]  # after block 2
+            for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+                there = random_lm(family, size, 4, dtype, self.device)
+                there.load_state_dict(lm.state_dict())
+                found = experiment.residuals(there, tokens, 2)
+                error = float((found.float().cpu() - true).norm() / true.norm())
+                yield f"hook, {family}, {dtype}", error < limit, f"off by {error:.0e}"
 
     def runs(self):
         """experiment.main() on planted activations, on the device and on the CPU."""

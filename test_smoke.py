@@ -747,6 +747,15 @@ def test_text_is_read_as_it_comes(work, name):
     assert [text.strip() for text, _ in found] == expected
 
 
+LABELS = [("sea", "sea"), (0, "0"), (7, "7"), (False, "False"), ("", None), (None, None),
+          (math.nan, None), (["sea"], None), ({"name": "sea"}, None)]
+
+
+@pytest.mark.parametrize("given, label", LABELS, ids=str)
+def test_a_topic_is_a_label_if_it_is_a_plain_value(given, label):
+    assert prepare.label_of({"text": "x", "topic": given}) == label
+
+
 def test_the_command_shows_what_a_run_would_train_on(tiny, capsys):
     words = argv(SIZES, dataset=tiny["dataset"], model=tiny["model"], calibration_rows=None)
     assert prepare.main(words) == 0
@@ -1660,6 +1669,18 @@ def test_the_boundary_equals_a_loop_over_places(consistency, hand):
 
 def test_the_null_is_what_tokens_permuted_inside_their_segment_give(consistency, hand):
     """Its expectation has a closed form: every pair of a segment is as likely as any other."""
+    kept = (hand.f[hand.ok] != 0).sum(0) >= 20
+    for lag, at in ((1, 0), (4, 2)):
+        sums = np.zeros((4, 64))  # of f_s f_t, of f, of f^2, number of pairs
+        for r, piece in hand.segments():
+            n = len(piece)
+            total = hand.f[r, piece].sum(0)
+            square = (hand.f[r, piece] ** 2).sum(0)
+            product = (total**2 - square) / max(n * (n - 1), 1)
+            sums += max(n - lag, 0) * np.array([product, total / n, square / n, np.ones(64)])
+        product, mean, square = sums[:3] / sums[3]
+        rho = ((product - mean**2) / (square - mean**2))[kept]
+        close(consistency["autocorr_null"]["whole"]["mean"][at], rho.mean(), floor=0.03)
     rho, null = (consistency[name]["whole"]["mean"][0] for name in ("autocorr", "autocorr_null"))
     assert rho > null + 0.03, "order means nothing here"
     seg = evaluate.segment_ids(hand.doc)
@@ -1862,6 +1883,15 @@ def test_resuming_is_exact(work, run, quick, name):
     assert log_of(out) == log_of(whole) and any("auxk" in line for line in log_of(whole))
     assert read(out / "final_info.json") == read(whole / "final_info.json")
     assert not (out / "checkpoint").exists() and not list(out.rglob("*.part"))
+
+
+def test_a_harvest_in_parts_trains_as_well(run, quick):
+    """Three parts, each passed over once and let go."""
+    recon = []
+    for name in ("early and late", "a harvest in parts"):
+        log = log_of(run(f"whole {name}", quick, **LONG | STOPS[name][0]))
+        recon.append(np.mean([line["recon"] for line in log[-20:]]))
+    close(recon[1], recon[0], rel=0.05)
 
 
 def test_a_stop_while_harvesting_leaves_no_run_and_loses_no_shard(work, quick, capsys):
@@ -2294,6 +2324,12 @@ def child(words, report, how):
     torch.set_num_threads(1)
     os.environ.update(how.get("environ", {}))
     os.chdir(how.get("cwd", HERE))
+    import resource  # not on Windows
+    if "memory" in how:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + how["memory"],) * 2)
+    if "file_size" in how:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (how["file_size"],) * 2)
     for name in OURS:
         sys.modules.pop(name, None)  # they read RANK when they are imported
     for name in how.get("without", ()):
@@ -2387,6 +2423,22 @@ def test_killed_at_random_a_run_still_ends_the_same(work, run, quick, processes)
     whole = run("whole early and late", quick, **LONG)
     assert weight_hash(out) == weight_hash(whole) and log_of(out) == log_of(whole)
     assert not list(out.rglob("*.part"))
+
+
+TROUBLE = {"no memory": ({"d_sae": 20_000_000}, {"memory": 10**9}, "--d_sae"),
+           "no room for a file": ({}, {"file_size": 200_000}, "error: ")}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_a_machine_that_is_too_small_is_said_in_a_sentence(work, quick, processes, name):
+    changes, how, words = TROUBLE[name]
+    cache = work / name / "cache"
+    report = work / f"{name}.txt"
+    settings = quick | {"out_dir": work / name / "run", "cache_dir": cache, "overwrite": True}
+    ended([processes(argv(settings, **changes), report, **how)], report, 1)
+    assert words in said(report).splitlines()[-1] and "Traceback" not in said(report)
+    assert not list(cache.rglob("*.part"))
+    ended([processes(argv(settings), report)], report)
 
 
 def test_two_runs_make_one_cache_at_the_same_time(work, quick, processes):
