@@ -3,7 +3,6 @@
     python evaluate.py runs/run_2                      score a run again
     python evaluate.py runs/run_2 --model OTHER        the same SAE on another model of its width
     python evaluate.py FOLDER --model M --layer L      any SAE in SAELens' format
-    python evaluate.py runs/run_0 runs/run_4           print a table from scores on disk
 
 Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how codes behave along
 a text), latents.json (what a page about the latents shows) and final_info.json (the headline
@@ -2429,113 +2428,6 @@ def print_scores(final):
 
 
 # --------------------------------------------------------------------------------------------------
-# Comparing scored runs
-# --------------------------------------------------------------------------------------------------
-
-
-class Scored(NamedTuple):
-    """What is on disk of one scored run."""
-
-    title: str
-    scores: dict  # name of a headline value: its values of all seeds
-    seeds: tuple  # (first seed, number of seeds)
-    judge: dict  # consistency.json of the first seed; None where git keeps the headline only
-
-
-SAME = {  # what runs that are compared should share: where it stands in consistency.json
-    "by evaluate.py": ("hashes", "evaluate"),
-    "on the rows": ("hashes", "rows"),
-    "on model": ("scored_on", "model"),
-    "on layer": ("scored_on", "layer"),
-    "in dtype": ("scored_on", "dtype"),
-    "with sample_rows": ("counts", "sample_rows")}  # fewer are kept of a code with a high L0
-
-
-def read_scored(run):
-    """Scored of a folder."""
-    scores = next(iter(prepare.read_json(run / "final_info.json").values()))["final_info_dict"]
-    if "pw_mcc" in scores:
-        scores["pw_mcc"] = [np.mean(scores["pw_mcc"])]  # pairs share seeds: no error
-    config = {}
-    if (run / "config.json").is_file():
-        config = prepare.read_json(run / "config.json")
-    judge = None
-    for path in [run / "consistency.json", *sorted(run.glob("seed_*/consistency.json"))]:
-        if path.is_file() and judge is None:
-            judge = prepare.read_json(path)
-    return Scored(run.name, scores, (config.get("seed", 0), config.get("n_seeds", 1)), judge)
-
-
-def with_error(values, sign=""):
-    """Mean of the seeds ± standard error, which one seed has not. sign: "+" shows it always."""
-    text = f"{np.mean(values):{sign}.4g}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2g}"
-    return text
-
-
-def value_text(run, name):
-    """One value of a run, "-" where it has none."""
-    if name not in run.scores:
-        return "-"
-    return with_error(run.scores[name])
-
-
-def gap_text(first, run, name):
-    """The difference of one value to the first run's, paired by seed where both have the same."""
-    if name not in first.scores or name not in run.scores:
-        return "-"
-    a = first.scores[name]
-    b = run.scores[name]
-    if first.seeds == run.seeds and len(a) == len(b):
-        return with_error(np.subtract(b, a), "+")
-    return with_error([np.mean(b) - np.mean(a)], "+")
-
-
-def comparison_notes(first, other):
-    """Sentences on why two runs may not be comparable."""
-    notes = []
-    l0 = np.mean(first.scores["l0"])
-    other_l0 = np.mean(other.scores["l0"])
-    if abs(other_l0 - l0) > 0.01 * l0:
-        notes.append(
-            f"{other.title} has L0 {other_l0:.4g} against {l0:.4g}: not within 1 %, so smoothness "
-            "and autocorrelation are not comparable")
-    if first.judge is None or other.judge is None:
-        notes.append(
-            f"without both consistency.json nothing shows that {other.title} and {first.title} "
-            "were scored alike")
-        return notes
-    for what, (block, key) in SAME.items():
-        a = first.judge[block].get(key)
-        b = other.judge[block].get(key)
-        if a != b:
-            notes.append(f"{other.title} was scored {what} {b}, {first.title} {what} {a}")
-    return notes
-
-
-def compare(run_dirs):
-    """Print scores on disk side by side; columns after the first show the difference to it too."""
-    runs = [read_scored(run) for run in run_dirs]
-    if len({run.title for run in runs}) < len(runs):
-        runs = [run._replace(title=str(path)) for run, path in zip(runs, run_dirs)]
-    first, *others = runs
-    titles = [run.title for run in runs]
-    table = [["", *titles, *(f"{run.title} - {first.title}" for run in others)]]
-    for name in dict.fromkeys(name for run in runs for name in run.scores):
-        values = [value_text(run, name) for run in runs]
-        gaps = [gap_text(first, run, name) for run in others]
-        table.append([name, *values, *gaps])
-    widths = [max(len(cell) for cell in column) for column in zip(*table)]
-    for name, *cells in table:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        print("  ".join([name.ljust(widths[0]), *cells]))
-    for run in others:
-        for note in comparison_notes(first, run):
-            print(f"note: {note}")
-
-
-# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -2573,8 +2465,7 @@ def parse(argv):
     parser = prepare.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="one: score it; several: compare their scores")
+    parser.add_argument("run", metavar="RUN", help="its folder, or its name in runs/ or runs/study/")
     parser.add_argument("--out", metavar="DIR", help="write here, not over the run's own scores")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for name, kind, text in OPTIONS:
@@ -2608,15 +2499,9 @@ def main(argv=None):
         changes = vars(parse(argv))
         debug = changes.pop("debug")
         out = changes.pop("out")
-        runs = [find_run(name) for name in changes.pop("runs")]
-        if len(runs) == 1:
-            print_scores(evaluate_run(runs[0], out=out, **changes))
-            print(f"written: {out or runs[0]}")
-        elif changes or out:
-            raise ValueError(
-                "several runs are compared from scores on disk; options go with one run")
-        else:
-            compare(runs)
+        run = find_run(changes.pop("run"))
+        print_scores(evaluate_run(run, out=out, **changes))
+        print(f"written: {out or run}")
     except Exception as error:  # whatever went wrong, the user gets one sentence
         return report(error, debug)
     except KeyboardInterrupt:

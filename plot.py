@@ -3,6 +3,7 @@
     python plot.py                      # the study in runs/study and your own runs in runs/
     python plot.py run_4 run_5          # only these runs
     python plot.py --page run_0 run_6   # latents of one run or of two: latents.html in the last
+    python plot.py --compare run_4 run_5   # their scores side by side, and the differences
     python plot.py --tables             # the tables of README.md and notes.txt anew
 
 metrics_comparison.png and training_curves.png are written beside this file, the others under
@@ -129,11 +130,15 @@ class Run:
             spare = COLOURS[len(LADDER) :]
             self.colour = spare[index % len(spare)]
             self.marker = MARKERS[-1 - index % len(MARKERS)]
-        self.config = load(path / "config.json")
+        self.config = {}  # an SAE that was scored without a run has none
+        if (path / "config.json").is_file():
+            self.config = load(path / "config.json")
         self.scores = {}
         for dataset in load(path / "final_info.json").values():
             for metric, values in dataset["final_info_dict"].items():
                 self.scores[metric] = np.array(values, float)
+        if "pw_mcc" in self.scores:  # one value a pair of seeds; pairs share seeds, so no error
+            self.scores["pw_mcc"] = self.scores["pw_mcc"].mean(keepdims=True)
         self.seeds = len(self.scores.get("explained_variance", ()))
 
     @functools.cached_property
@@ -161,14 +166,17 @@ def seed_number(path):
     return int(path.parent.name.removeprefix("seed_"))
 
 
-def find_runs(runs_dir, names=()):
-    """The runs named; if none is, the study's in the order of `labels`, then the user's."""
+def find_runs(runs_dir, names=(), needs="config.json"):
+    """The runs named; if none is, the study's in the order of `labels`, then the user's.
+
+    needs: the file by which a folder that is named is taken for a run.
+    """
     study = sorted(file.parent.resolve() for file in runs_dir.glob("study/*/config.json"))
     own = sorted(file.parent.resolve() for file in runs_dir.glob("*/config.json"))
     order = list(dict.fromkeys([*labels, *[path.name for path in study]]))
     study.sort(key=lambda path: order.index(path.name))
     runs = []
-    for path in [run_path(name, runs_dir, "config.json") for name in names] or study + own:
+    for path in [run_path(name, runs_dir, needs) for name in names] or study + own:
         if path in study:
             name = path.name
             runs.append(Run(path, labels.get(name, name), order.index(name), True))
@@ -760,6 +768,81 @@ def write_page(folders, pictures_dir):
 
 
 # ------------------------------------------------------------------------------------------------
+# Scores side by side
+# ------------------------------------------------------------------------------------------------
+
+SAME = {  # what runs that are compared should share: where it stands in consistency.json
+    "by evaluate.py": ("hashes", "evaluate"),
+    "on the rows": ("hashes", "rows"),
+    "on model": ("scored_on", "model"),
+    "on layer": ("scored_on", "layer"),
+    "in dtype": ("scored_on", "dtype"),
+    "with sample_rows": ("counts", "sample_rows"),  # fewer are kept of a code with a high L0
+}
+
+
+def compare(runs):
+    """Print all headline numbers of some runs, and how the others differ from the first one."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    first, *others = runs
+    table = [["", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
+    for metric in dict.fromkeys(metric for run in runs for metric in run.scores):
+        values = [number(run.scores.get(metric)) for run in runs]
+        gaps = [difference(first, run, metric) for run in others]
+        table.append([metric, *values, *gaps])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for metric, *cells in table:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([metric.ljust(widths[0]), *cells]))
+    for run, name in zip(others, names[1:]):
+        for sentence in caveats(first, run):
+            print(f"note: {name} and {names[0]} {sentence}")
+
+
+def number(values, sign=""):
+    """Mean ± standard error with significant digits, for scores of any size; "-" for no values.
+
+    One seed has no error. sign: "+" shows it.
+    """
+    if values is None:
+        return "-"
+    mean, error = mean_se(values)
+    text = f"{mean:{sign}.4g}"
+    if len(values) > 1:
+        text += f" ± {error:.2g}"
+    return text
+
+
+def difference(first, run, metric):
+    """How a score of a run differs from the first run's; paired where both begin at one seed."""
+    if metric not in first.scores or metric not in run.scores:
+        return "-"
+    a, b = first.scores[metric], run.scores[metric]
+    if first.config.get("seed") == run.config.get("seed"):
+        return number(paired(b, a), "+")
+    return number([b.mean() - a.mean()], "+")
+
+
+def caveats(first, run):
+    """Sentences, without their subject, on why two runs may not be comparable."""
+    a, b = first.scores["l0"].mean(), run.scores["l0"].mean()
+    if abs(b - a) > 0.01 * a:
+        yield (f"have an L0 of {b:.4g} and {a:.4g}: not within 1 %, so smoothness and "
+               "autocorrelation are not comparable")
+    if not (first.consistency and run.consistency):
+        yield "do not both have a consistency.json, which would show whether they were scored alike"
+        return
+    for what, (block, key) in SAME.items():
+        a, b = [one.consistency[0][block].get(key) for one in (first, run)]
+        if a != b:
+            if block == "hashes":
+                a, b = a[:12], b[:12]
+            yield f"were scored {what} {b} and {a}"
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------
 
@@ -915,7 +998,7 @@ def draw_pictures(records, out_dir):
         print(f"wrote {out_dir / name}")
 
 
-def main():
+def main(argv=None):
     """The command. Exit code 0, 1 if there is no run, 2 for bad usage."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -923,19 +1006,26 @@ def main():
                         help="a run directory or its name in runs/ or runs/study/ (default: all)")
     parser.add_argument("--page", action="store_true",
                         help="write the page of latents of one run or of two, instead of pictures")
+    parser.add_argument("--compare", action="store_true",
+                        help="print the scores of some runs side by side, instead of pictures")
     parser.add_argument("--tables", action="store_true",
                         help="make the tables of README.md and notes.txt anew from the study")
     parser.add_argument("--runs_dir", type=Path, default=HERE / "runs",
                         help="where the run directories are (default: %(default)s)")
     parser.add_argument("--out_dir", type=Path, default=HERE,
                         help="where the pictures go (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.page:
             if len(args.runs) not in (1, 2):
                 raise ValueError("--page takes one run or two")
             folders = [run_path(name, args.runs_dir, "latents.json") for name in args.runs]
             write_page(folders, args.out_dir.resolve())
+            return
+        if args.compare:
+            if len(args.runs) < 2:
+                raise ValueError("--compare takes two runs or more")
+            compare(find_runs(args.runs_dir, args.runs, "final_info.json"))
             return
         runs = find_runs(args.runs_dir, args.runs)
         if not runs:

@@ -1092,7 +1092,7 @@ def test_seeds_share_a_harvest_and_are_summed_up(seeds, base, capsys):
     close(block["stderrs"]["explained_variance"], abs(a - b) / 2)  # ddof 1, over sqrt(2)
     assert all((seeds / f"seed_{seed}" / "consistency.json").exists() for seed in (0, 1))
     capsys.readouterr()
-    assert evaluate.main([str(seeds), str(base)]) == 0
+    plot.main(["--compare", str(seeds), str(base)])
     table = capsys.readouterr().out
     assert all(words in table for words in ("explained_variance", "±", "base - seeds"))
 
@@ -2271,8 +2271,6 @@ BAD_SCORING = {  # words of the command line, part of the answer
     "too many rows for CE": ("{base} --reconstruction_rows 96 --out {bad}/scores", "96"),
     "model gone": ("{base} --model /gone --out {bad}/scores", "/gone"),
     "layer out of range": ("{base} --layer 9 --out {bad}/scores", "--layer 9"),
-    "comparing what was not scored": ("{base} {bad}/folder", "final_info.json"),
-    "options while comparing": ("{base} {bad}/folder --layer 1", "one run"),
     "over its own scores": ("{base} --reconstruction_rows 2", "give --out FOLDER"),
     "one seed, over the run's scores": ("{base}/seed_0", "score the run"),
 }
@@ -2298,15 +2296,16 @@ def test_another_model_and_other_text_are_scored_and_named(work, base, bpe, caps
     assert record["scored_on"]["model"] == "other_lm" and "other_lm" in record["notes"]["settings"]
     assert record["scored_on"]["dataset"] == "other_stories.jsonl"
     capsys.readouterr()
-    assert evaluate.main([str(base), str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "scored on model other_lm" in printed and "scored on the rows" in printed
-    assert "sample_rows" not in printed
+    fewer = shutil.copytree(out, work / "fewer_sample_rows")
     judge = read(out / "consistency.json")
     judge["counts"]["sample_rows"] -= 16
-    write(out / "consistency.json", json.dumps(judge))
-    assert evaluate.main([str(base), str(out)]) == 0
-    assert "was scored with sample_rows" in capsys.readouterr().out
+    write(fewer / "consistency.json", json.dumps(judge))
+    plot.main(["--compare", str(base), str(out), str(fewer)])
+    printed = capsys.readouterr().out
+    names = f"note: {out.name} and base were scored"
+    assert f"{names} on model other_lm and lm" in printed and f"{names} on the rows" in printed
+    assert f"{names} with sample_rows" not in printed
+    assert "note: fewer_sample_rows and base were scored with sample_rows" in printed
 
 
 # ------------------------------------------------------------------------------------------------
