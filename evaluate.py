@@ -1,8 +1,8 @@
 """The judge: scores a trained sparse autoencoder (SAE) on held-out text.
 
-    python evaluate.py runs/run_2                      score a run again
-    python evaluate.py runs/run_2 --model OTHER        the same SAE on another model of its width
-    python evaluate.py FOLDER --model M --layer L      any SAE in SAELens' format
+    python evaluate.py run_2                             score a run again
+    python evaluate.py run_2 --model OTHER --out FOLDER  the same SAE on another model of its width
+    python evaluate.py FOLDER --model M --layer L        any SAE in SAELens' format
 
 Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how codes behave along
 a text), latents.json (what a page about the latents shows) and final_info.json (the headline
@@ -10,8 +10,8 @@ numbers with the raw values of every seed). No score is written before all of th
 This file should not change between runs that are compared: its SHA-256 stands in every score.
 
 Notation: x (..., d_in) an activation, x_hat its reconstruction, f or acts (..., d_sae) the codes.
-doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and the number of its
-document + 1 elsewhere: a *valid* token. A *segment* is the part of one document inside one row. A
+doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and a number for its
+document elsewhere: a *valid* token. A *segment* is the part of one document inside one row. A
 *pair* (t, t + lag) is two valid tokens of one segment. Latents come in three *groups*: whole, lead
 (the leading latents that a temporal loss binds) and rest. Sums run over all evaluated tokens in
 float64 with one division at the end. They are streamed; what needs the codes twice (position
@@ -54,8 +54,8 @@ import prepare
 SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 REPO = Path(__file__).resolve().parent
 
-# Small matrix products on one thread: more would only wait for each other, and one adds up in a
-# fixed order. A decorator.
+# A decorator that limits BLAS to one thread, which is no slower for small products and adds up in a
+# fixed order.
 one_thread = threadpool_limits.wrap(limits=1)
 
 BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
@@ -86,6 +86,7 @@ GROUPS = ("whole", "lead", "rest")
 CORE_KEYS = (
     "explained_variance", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias",
     "l0", "l1", "frac_alive", "ce_loss_score", "kl_div_score")
+NO_BEHAVIOUR = "ce_loss_score, kl_div_score"  # the note that says why these are null
 # what config.json or the command line may say of the text, handed on to prepare.text_rows
 TEXT_OPTIONS = (
     "context_size", "harvest_tokens", "eval_rows", "text_field", "dataset_config", "split",
@@ -290,7 +291,8 @@ class Rows(NamedTuple):
     """Token rows and what is known of each token."""
 
     tokens: np.ndarray  # (N,T) int64; None when activations were given instead of text
-    doc: np.ndarray  # (N,T) int32: 0 where a token is left out, else its document's number + 1
+    # (N,T) int32: 0 where a token is left out, else its document's number + 1 (--acts: its number)
+    doc: np.ndarray
     topics: dict  # document's number -> its label; empty where there are no labels
 
     def cut(self, start, stop):
@@ -338,6 +340,13 @@ def permute_segments(seg, rng):
     index = np.arange(seg.size)
     index[place] = source
     return index
+
+
+def sums_by(codes, tokens, label, n):
+    """(n,d) sums of codes (csr) over `tokens`, added up by their label (0..n-1)."""
+    shape = (n, codes.shape[0])
+    pick = sparse.csr_matrix((np.ones(tokens.size), (label, tokens)), shape=shape)
+    return (pick @ codes).toarray()
 
 
 def token_topics(rows):
@@ -543,11 +552,6 @@ class Fidelity:
         self.total += np.asarray(codes.sum(0)).ravel()
         self.absolute += np.asarray(abs(codes).sum(0)).ravel()
 
-    @property
-    def mass(self):
-        """(d_sae,) total activation of each latent, with its decoder row at unit norm."""
-        return self.absolute * self.unit
-
     def ours(self):
         """The values as we mean them. explained_variance: predicting the mean gives 0."""
         n = self.tokens
@@ -562,7 +566,7 @@ class Fidelity:
             "l2_ratio": s["norm_ratio"] / n,
             "relative_reconstruction_bias": ratio(s["yy"], s["xy"]),
             "l0": self.fires.sum() / n,
-            "l1": self.mass.sum() / n,
+            "l1": (self.absolute * self.unit).sum() / n,
             "frac_alive": (self.fires > 0).mean()}
 
     def saebench(self):
@@ -664,7 +668,8 @@ def core_config(record):
 def core_json(scorer, behaviour, record):
     """SAEBench's core result of one seed; our own values stand under eval_result_unstructured.
 
-    record: what every file of this seed says of how it was made: scored_on, counts, hashes, notes.
+    record: what every file of this seed says of how it was made: scored_on, counts (count_rows:
+    "rows" does not include "reconstruction_rows"), hashes, notes.
     """
     fidelity = scorer.fidelity
     counts = record["counts"]
@@ -685,7 +690,7 @@ def core_json(scorer, behaviour, record):
     ours["ce_loss_score"] = behaviour["ce_loss_score"]
     ours["kl_div_score"] = behaviour["kl_div_score"]
     notes = dict(record["notes"])
-    explained = "ce_loss_score, kl_div_score" in notes
+    explained = NO_BEHAVIOUR in notes
     if has_null(of_codes) or (has_null(of_model) and not explained):
         notes["eval_result_metrics"] = (
             "null is 0/0: activations that do not vary, or an all-zero reconstruction")
@@ -833,13 +838,6 @@ class LagSums:
         return np.where(varies, between / np.where(varies, self.variance, 1), np.nan)
 
 
-def sums_by(codes, tokens, label, n):
-    """(n,d) sums of codes (csr) over `tokens`, added up by their label (0..n-1)."""
-    shape = (n, codes.shape[0])
-    pick = sparse.csr_matrix((np.ones(tokens.size), (label, tokens)), shape=shape)
-    return (pick @ codes).toarray()
-
-
 class Neighbours:
     """Sums over neighbouring tokens and rows, by group, under their names in consistency.json."""
 
@@ -849,7 +847,7 @@ class Neighbours:
         self.sums = {name: np.zeros((2, 3)) for name in names}  # sum and count of each group
 
     def by_group(self, matrix):
-        """(n,d) csr or dense -> (3,n) sums of its lines over whole, lead, rest."""
+        """(n,d) csr or dense -> (3,n) the sum of each row over whole, lead, rest."""
         whole = np.asarray(matrix.sum(1)).ravel()
         lead = np.asarray(matrix[:, :self.n_lead].sum(1)).ravel()
         return np.stack([whole, lead, whole - lead])
@@ -909,7 +907,8 @@ def by_group_mean(sums):
 def group_means(value, keep, mass, groups):
     """(d,) or (L,d) -> {group: {"mean": over latents, "mass": weighted by mass}}.
 
-    Only latents in keep count, and only where their value is not NaN. NaN where none is left.
+    mass (d,): how often each latent fires. groups: {name: slice of latents}. Only latents in keep
+    count, and only where their value is not NaN. NaN where none is left.
     """
     ok = keep & np.isfinite(value)
     value = np.where(ok, value, 0)
@@ -1012,7 +1011,8 @@ def correlation_matrix(codes, n):
 def redundancy(codes, n, latents, stats):
     """Latent x latent correlation of codes: how many distinct patterns do the latents hold?
 
-    codes csr (tokens,d_sae) of the sample, n of them valid tokens; latents: the scored ones.
+    codes csr (tokens,d_sae) of the sample, n of them valid tokens; latents: the scored ones; stats:
+    latent_stats(), after clusters().
     Effective rank: exp of the entropy of the correlation matrix's normalised eigenvalues (Roy &
     Vetterli 2007). Together: the latents that correlate above TOGETHER with more than PARTNERS
     others. -> its block of consistency.json, None where fewer than two latents vary. Fills
@@ -1249,7 +1249,7 @@ class Tokens(NamedTuple):
     seg: np.ndarray  # (n,) segment, -1 where left out
     into: np.ndarray  # (n,) tokens since the first of its segment
     topic: np.ndarray  # (n,) number of the document's topic, -1 if none
-    counted: np.ndarray  # (n,) the same, -1 also where it is "Uncategorized"
+    probed_topic: np.ndarray  # (n,) the same, -1 also where it is "Uncategorized"
     topic_names: list
     ids: np.ndarray  # (n,) token ids; None without text
     context: int
@@ -1265,11 +1265,12 @@ def sample_tokens(rows):
     np.minimum.at(first, seg[valid], index[valid])
     into = np.where(valid, index - first[seg], -1)
     none = [number for number, name in enumerate(names) if name.lower() == "uncategorized"]
-    counted = np.where(np.isin(topic, none), -1, topic)
+    probed_topic = np.where(np.isin(topic, none), -1, topic)
     ids = None
     if rows.tokens is not None:
         ids = rows.tokens.ravel()
-    return Tokens(rows.doc.ravel(), seg, into, topic, counted, names, ids, rows.doc.shape[1])
+    context = rows.doc.shape[1]
+    return Tokens(rows.doc.ravel(), seg, into, topic, probed_topic, names, ids, context)
 
 
 def split_documents(doc, share):
@@ -1285,7 +1286,7 @@ def topic_sample(known, in_train):
     Single tokens whose topic is known and not "Uncategorized", TOPIC_FROM tokens or more after the
     first of their segment: TOPIC_TOKENS of them at random.
     """
-    fit = np.flatnonzero((known.counted >= 0) & (known.into >= TOPIC_FROM))
+    fit = np.flatnonzero((known.probed_topic >= 0) & (known.into >= TOPIC_FROM))
     fit = np.random.default_rng(0).permutation(fit)[:TOPIC_TOKENS]
     return fit[in_train[fit]], fit[~in_train[fit]]
 
@@ -1302,7 +1303,7 @@ def token_topic(codes, known, in_train, groups):
     """
     train, test = topic_sample(known, in_train)
     probe = functools.partial(sparse_probes, codes[train], codes[test], groups=groups)
-    members = topic_members(known.topic_names, known.counted)
+    members = topic_members(known.topic_names, known.probed_topic)
     return probe_classes(members, train, test, 10, probe)
 
 
@@ -1318,7 +1319,7 @@ def raw_token_topic(x, known, in_train):
     centre = a.mean(0) if len(a) else 0
     a = a - centre
     b = b - centre
-    members = topic_members(known.topic_names, known.counted)
+    members = topic_members(known.topic_names, known.probed_topic)
     probe = functools.partial(sparse_probes, a, b, groups={"raw": slice(None)})
     found = probe_classes(members, train, test, 10, probe)
     every = probe_classes(members, train, test, 10, functools.partial(probe_auroc, a, b))
@@ -1331,21 +1332,24 @@ def doc_topic(codes, known, in_train, groups):
 
     As in token_topic, only documents whose topic is known and not "Uncategorized" take part.
     """
-    valid = np.flatnonzero((known.doc > 0) & (known.counted >= 0))
+    valid = np.flatnonzero((known.doc > 0) & (known.probed_topic >= 0))
     documents, first, which = np.unique(
         known.doc[valid], return_index=True, return_inverse=True)
     weight = 1 / np.bincount(which)[which]
     shape = (len(documents), codes.shape[0])
     mean = (sparse.csr_matrix((weight, (which, valid)), shape=shape) @ codes).tocsr()
     train = in_train[valid[first]]
-    members = topic_members(known.topic_names, known.counted[valid[first]])
+    members = topic_members(known.topic_names, known.probed_topic[valid[first]])
     members = {name: member for name, member in members.items() if member.sum() >= 10}
     probe = functools.partial(sparse_probes, mean[train], mean[~train], groups=groups)
     return probe_classes(members, train, ~train, 2, probe)
 
 
 def token_class(codes, known, in_train, text, groups):
-    """token_class_k: the class of a token from its code, CLASS_TOKENS a side at most."""
+    """token_class_k: the class of a token from its code, CLASS_TOKENS a side at most.
+
+    text: a function, token id -> string.
+    """
     valid = known.doc > 0
     sides = []
     for side in (np.flatnonzero(valid & in_train), np.flatnonzero(valid & ~in_train)):
@@ -1483,7 +1487,9 @@ def linear_limit(x, known, lags):
         mean, directions = found
         z = [(block.double().numpy() - mean) @ directions for block in blocks]
         sums = LagSums(directions.shape[1], lags, known.context)
-        sums.update(sparse.csr_matrix(np.concatenate(z)), np.where(fitted, -1, known.seg))
+        scored = np.where(fitted, -1, known.seg)
+        z = np.concatenate(z) * (scored >= 0)[:, None]
+        sums.update(sparse.csr_matrix(z), scored)
         rho = sums.autocorr()
     means = {str(n): np.full(len(lags), np.nan) for n in LIMIT_FIRST}
     for n in LIMIT_FIRST:
@@ -1611,7 +1617,7 @@ class Scorer:
             self.null_lags.update(permuted, seg)
             self.null_neighbours.update(permuted, raw[shuffled], seg, self.context)
         self.seen += (len(seg) // self.context, codes.nnz)
-        # one batch at least; what is too much stays too much, so there is no gap
+        # one batch at least; self.seen only grows, so the sample is an unbroken beginning
         if not self.sample or (self.seen <= (SAMPLE_ROWS, SAMPLE_NNZ)).all():
             self.sample.append(codes.astype(np.float32))
 
@@ -1705,7 +1711,7 @@ def raw_scores(sums, x, rows):
 
 
 def latent_stats(scorer):
-    """Per-latent values (d_sae,) or (L,d_sae) of the codes in their order.
+    """Per-latent values (d_sae,) or (L,d_sae) of the codes, tokens not permuted.
 
     The last three are for clusters() and redundancy() to fill: -1 and NaN mean none.
     """
@@ -1863,7 +1869,7 @@ SEPARATIONS = {  # name: the probe, the group that should know more, the one tha
 
 
 def look_up(tree, path):
-    """The value at a path of keys and list indices; None where a block is, or a list too short."""
+    """The value at a path of keys and list indices; None where a block is None or a list too short."""
     for key in path:
         if tree is None or (isinstance(tree, list) and key >= len(tree)):
             return None
@@ -2081,7 +2087,7 @@ class Page:
             return []
         begins = [row * self.context + start for row, start, _ in self.segments]
         docs = self.known.doc[begins]
-        topics = self.known.counted[begins]
+        topics = self.known.probed_topic[begins]
         times = np.bincount(docs)
         keys = []
         for number, (row, start, stop) in enumerate(self.segments):
@@ -2131,7 +2137,7 @@ def listed_latents(stats, fires):
 
 def page_latents(page, stats, listed, up):
     """The entries of "latents". up: the tokens that each one listed pushes up."""
-    best, lift = topic_preference(page.codes, page.known.counted, len(page.known.topic_names))
+    best, lift = topic_preference(page.codes, page.known.probed_topic, len(page.known.topic_names))
     scored = stats["keep"]
     rho1 = np.where(scored, stats["autocorr"][0], np.nan)
     rho16 = np.where(scored, stats["autocorr_16"], np.nan)
@@ -2149,7 +2155,10 @@ def page_latents(page, stats, listed, up):
 
 
 def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
-    """The contents of latents.json; of a run with several seeds for the first one."""
+    """The contents of latents.json; of a run with several seeds for the first one.
+
+    final: the contents of final_info.json.
+    """
     sae = scorer.sae
     ours = sae.spec.get("temporal_sae") or {}
     page = Page(held_out.rows, scorer, held_out.text)
@@ -2163,7 +2172,7 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
         numbers[name] = [value, found["stderrs"].get(name)]
     scored_on = consistency["scored_on"]
     about = {
-        "run": run, "seed": cfg["seed"], "model": scored_on["model"], "layer": scored_on["layer"],
+        "run": run, "model": scored_on["model"], "layer": scored_on["layer"],
         "d_sae": sae.W_dec.shape[0], "k": ours.get("k", sae.spec.get("k")),
         "sparsity": ours.get("sparsity", sae.selection), "lead": scorer.n_lead,
         "dataset": scored_on["dataset"], "temp_loss": cfg.get("temp_loss"),
@@ -2183,7 +2192,7 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
 # --------------------------------------------------------------------------------------------------
 
 DEFAULTS = {  # of what a run's config.json or the command line does not say
-    "seed": 0, "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
+    "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
     "acts": "", "acts_mask": "", "context_size": 128, "eval_rows": 464, "reconstruction_rows": 64,
     "cache_dir": ""}
 
@@ -2337,12 +2346,12 @@ def score_behaviour(held_out, saes):
     if reason:
         unknown = dict.fromkeys(("clean", "ablation", "sae"), math.nan)
         scores = behaviour_scores(unknown, unknown, "sae")
-        return [scores] * len(saes), {"ce_loss_score, kl_div_score": reason}
+        return [scores] * len(saes), {NO_BEHAVIOUR: reason}
     return lm_behaviour(held_out.lm, held_out.block, saes, held_out.ce_rows), {}
 
 
 def count_rows(held_out, rows, left_out):
-    """The counts that stand in every file. rows: the variance rows without what was left out."""
+    """The counts that stand in every file. rows: held_out.rows, with doc 0 at sinks, too."""
     seg = segment_ids(rows.doc)
     return {
         "rows": len(rows.doc), "reconstruction_rows": len(held_out.ce_rows.doc),

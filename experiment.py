@@ -55,7 +55,9 @@ from tqdm import tqdm
 import evaluate
 from prepare import say
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")  # a run saves the code that ran
+# A run records the code that ran: what is edited meanwhile does not count.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+PREPARE_SHA256 = prepare.sha256(Path(prepare.__file__))
 RUNS = Path(__file__).resolve().parent / "runs"
 # Set by torchrun: which process this is, and of how many.
 RANK = int(os.environ.get("RANK", 0))
@@ -350,7 +352,7 @@ def keep_top(acts, pre, k):
 #
 # x (N, T, d_in) and codes (N, T, F), of the F leading latents, come as N chunks of T neighbouring
 # tokens. doc (N, T) is the document of each token, 0 where there is no ordinary token (BOS, padding,
-# an attention sink). Nothing here ever joins two documents.
+# an attention sink). Windows and pairs never cross from one document into another.
 # ------------------------------------------------------------------------------------------------
 
 MIN_OTHERS = 4  # a window mean of fewer tokens is mostly noise
@@ -415,7 +417,7 @@ def window_mean_loss(guess, target, enough, b_dec):
     >>> window_mean_loss(one, 2 * one, torch.ones(1, 1, dtype=torch.bool), torch.zeros(2))  # 2 / 8
     tensor(0.2500)
     """
-    error = (target - guess).square().sum(-1)
+    error = F.mse_loss(guess, target, reduction="none").sum(-1)
     spread = (target - b_dec.detach()).square().sum(-1)
     return (error * enough).sum() / (spread * enough).sum().clamp(min=1e-8)
 
@@ -479,6 +481,7 @@ def autocorr_loss(codes, doc, window):
     tensor(2.)
     """
     m = pair_moments(codes, doc, window)
+    # v_i is spread_i / total spread and 1 - rho_i is difference_i / spread_i: spread_i cancels
     return m.difference.sum() / m.spread.detach().sum().clamp(min=1e-8)
 
 
@@ -601,7 +604,7 @@ def encode_dense(sae, x, ok, n_valid):
         rows = rows.masked_fill(~ok[:, None], -torch.inf)
         keep = min(max(1, sae.k * n_valid), rows.numel())
         threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
-        sae.threshold.copy_(threshold)  # a hint for fit_threshold and for section 9
+        sae.threshold.copy_(threshold)  # fit_threshold, section 6, looks only above half of it
         least = torch.where(ok, threshold, torch.inf)  # a token that is left out gets no codes
     return DenseCodes(sae.activate(pre) * (pre >= least[:, None]))
 
@@ -615,7 +618,8 @@ class Trainer:
         self.sae.initialise(cfg.init, stats.mean, seed)
         self.sae.to(device)
         # The gain lets a leading latent predict the window's mean, which is smaller than a
-        # token's own activation, without shrinking its code. It is used in training only.
+        # token's own activation, without shrinking its code. It starts at 0.5, temporal_loss keeps
+        # it in [0, 2], and it is used in training only.
         self.gain = torch.nn.Parameter(torch.full((cfg.n_lead,), 0.5, device=device))
         self.parameters = [*self.sae.parameters(), self.gain]
         self.optimizer = torch.optim.Adam(self.parameters, lr=cfg.lr, fused=True)
@@ -645,9 +649,9 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             codes = self.encode_batch(sae, x, ok, n_valid)
             x_hat = codes.decode(sae.W_dec) + sae.b_dec
-            residual = x - x_hat
+            error = F.mse_loss(x_hat, x, reduction="none").sum(1) * ok
             # As shares of the variance, weights mean the same for any model and layer.
-            terms = {"recon": (residual.square().sum(1) * ok).sum() / n_valid / self.stats.variance}
+            terms = {"recon": error.sum() / n_valid / self.stats.variance}
             loss = terms["recon"]
             if cfg.temporal:
                 terms["temporal"] = self.temporal_loss(codes, x, doc, step)
@@ -657,13 +661,13 @@ class Trainer:
                 loss = loss + cfg.temp_alpha * terms["temporal"]
             if cfg.matryoshka_alpha:
                 leading = codes.leading(cfg.n_lead).decode(sae.W_dec[: cfg.n_lead]) + sae.b_dec
-                error = ((x - leading).square().sum(1) * ok).sum()
-                terms["matryoshka"] = error / n_valid / self.stats.variance
+                error = F.mse_loss(leading, x, reduction="none").sum(1) * ok
+                terms["matryoshka"] = error.sum() / n_valid / self.stats.variance
                 loss = loss + cfg.matryoshka_alpha * terms["matryoshka"]
             if cfg.sparsity == "l1":
                 loss = loss + cfg.l1_alpha * codes.l1() / n_valid
             if cfg.auxk_alpha and len(self.dead):
-                terms["auxk"] = self.auxk_loss(x, residual, ok)
+                terms["auxk"] = self.auxk_loss(x, x_hat, ok)
                 loss = loss + cfg.auxk_alpha * terms["auxk"]
         terms["loss"] = loss
 
@@ -711,16 +715,16 @@ class Trainer:
         z = z.view(*doc.shape, -1)
         return infonce_loss(z, doc, cfg.temperature, cosine) / raw_variance
 
-    def auxk_loss(self, x, residual, ok):
+    def auxk_loss(self, x, x_hat, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
 
-        On all of the batch the dense product would cost more than the rest of the step. At most
-        d_in / 2 latents a token, as in the paper.
+        On the first quarter of the batch: on all of it the dense product would cost more than the
+        rest of the step. At most d_in / 2 latents a token, as in the paper.
         """
         sae, dead, n = self.sae, self.dead, len(x) // AUXK_SHARE
         acts = torch.relu(sae.pre_activations(x[:n], dead))
         acts = keep_top(acts, acts, min(x.shape[1] // 2, len(dead)))
-        left = residual[:n].detach()
+        left = (x[:n] - x_hat[:n]).detach()
         error = (left - acts @ sae.W_dec[dead]).square().sum(1) * ok[:n]
         return error.sum() / (left.square().sum(1) * ok[:n]).sum().clamp(min=1e-8)
 
@@ -1246,8 +1250,8 @@ class Stop:
         self.signal = number
         if not self.wait:
             raise Interrupted(number)
-        say("stopping after this step (and the harvest, if one is under way); once more to leave at "
-            "once")
+        say("stopping after this step (and the harvest, if one is under way); press again to quit "
+            "immediately")
 
     @contextlib.contextmanager
     def deferred(self):
@@ -1324,10 +1328,11 @@ def save_sae(sae, folder, cfg, x):
         "metadata": {"sae_lens_version": "6.0.0", **origin(cfg)},
         "temporal_sae": {"k": sae.k, "sparsity": sae.sparsity, "nonlinearity": sae.nonlinearity,
                          "layernorm": sae.layernorm,
+                         # without a lead latents have no order: the judge takes any
                          "lead": cfg.n_lead if cfg.temporal or cfg.matryoshka_alpha else None,
                          "sha256": evaluate.tensor_hash(tensors)},
     }
-    if sae.sparsity == "topk":
+    if ARCHITECTURES[sae.sparsity] == "topk":
         spec["k"] = sae.k
     with torch.no_grad():
         acts = sae.encode(x)
@@ -1374,16 +1379,15 @@ def environment(cfg, identity):
     processor = platform.processor() or platform.machine()
     if device.startswith("cuda"):
         processor = torch.cuda.get_device_name(device)
-    here = Path(__file__).parent
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy", "safetensors")
     return {
         "python": platform.python_version(), "platform": platform.platform(),
         "packages": {package: importlib.metadata.version(package) for package in packages},
         "device": processor, "device_type": device, "threads": torch.get_num_threads(),
-        "processes": WORLD, "git_commit": git_commit(here),
+        "processes": WORLD, "git_commit": git_commit(Path(__file__).parent),
         "experiment_sha256": prepare.sha256(SOURCE),
-        "prepare_sha256": prepare.sha256(here / "prepare.py"),
-        "evaluate_sha256": prepare.sha256(here / "evaluate.py"),
+        "prepare_sha256": PREPARE_SHA256,
+        "evaluate_sha256": evaluate.SOURCE_SHA256,
         "inputs": identity,
     }
 

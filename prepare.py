@@ -12,7 +12,7 @@ or pip. Code from a model's or data set's repository is never run.
 import os
 
 # An OpenMP thread that waits spins, which takes a core from its neighbours on a busy machine. After
-# 10,000 turns it sleeps: half as fast again beside a neighbour, 2 % slower alone (notes.txt).
+# 10,000 turns it sleeps: 1.5 times as fast beside another process, 2 % slower alone (notes.txt).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import argparse
@@ -732,8 +732,8 @@ def text_identity(source):
 SPLITS = ("heldout", "calibration", "train")
 FORMAT = 1  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
-# More than text has on average: so much is read at once for each token that is lacking, and what a
-# document has beyond it is cut. Which documents are read depends on it: see FORMAT.
+# A generous estimate: it says how much text is read at a time for the tokens that are lacking, and
+# how much of a very long document is kept. Which documents are read depends on it: see FORMAT.
 CHARACTERS_A_TOKEN = 8
 
 DOCUMENT = datasets.Features(
@@ -755,7 +755,7 @@ class Inputs(NamedTuple):
     train: datasets.Dataset
     heldout: datasets.Dataset  # of documents that are never trained on
     calibration: datasets.Dataset  # of further documents that are neither
-    topics: dict  # document number -> label, of held-out and calibration documents that have one
+    topics: dict  # document number -> label, of held-out documents that have one
     identity: dict  # of model, text and all that decides the rows
     documents: datasets.Dataset  # a DOCUMENT of each text that was read
     parts: dict  # split: indices of its documents
@@ -832,7 +832,9 @@ def tokenised(documents, tokenizer, wanted):
 
 
 def read_documents(source, model, tokenizer, wanted):
-    """Yield a DOCUMENT of each text of the source, until they fill the splits."""
+    """Yield a DOCUMENT of each text of the source, until they fill the splits.
+
+    tokenizer() loads the tokenizer."""
     _, vocab_size = model_shape(model, source.cache_dir)
     check_vocabulary(model, tokenizer(), vocab_size)
     found = False
@@ -931,7 +933,7 @@ def check_enough(dataset, parts, lengths, wanted, context_size):
         )
     if lacking["train"] > 0:
         say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
-            "asked for; training goes round them")
+            "asked for; training passes over them more often")
 
 
 def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
@@ -975,8 +977,8 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
         make = functools.partial(pack, documents, parts[part], n, context_size, tokenizer)
         packed = stored(make, row, f"{name}-{part}", cache_dir)
         rows[part] = packed.with_format("numpy", dtype=np.int32)
-    apart = documents[np.concatenate([parts["heldout"], parts["calibration"]])]
-    labelled = zip(apart["number"], apart["label"])
+    heldout = documents[parts["heldout"]]
+    labelled = zip(heldout["number"], heldout["label"])
     topics = {number: label for number, label in labelled if label is not None}
     return Inputs(**rows, topics=topics, identity=identity, documents=documents, parts=parts)
 
@@ -1151,7 +1153,7 @@ def show(inputs, tokenizer):
         print(f"{part:16s} {len(chosen):,} documents, {lengths[chosen].sum():,} tokens -> "
               f"{len(getattr(inputs, part)):,} rows")
     print(f"topics           {len(set(inputs.topics.values())):,}, in {len(inputs.topics):,} "
-          "documents of heldout and calibration")
+          "held-out documents")
     print("held out are the documents whose text has the lowest SHA-256: numbers "
           f"{', '.join(map(str, sorted(numbers[inputs.parts['heldout']])[:8]))}, ...")
     for i, row in enumerate(inputs.train[:3]["tokens"]):
