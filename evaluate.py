@@ -9,6 +9,8 @@ a text), latents.json (what a page about the latents shows) and final_info.json 
 numbers with the raw values of every seed). No score is written before all of them are computed.
 This file should not change between runs that are compared: its SHA-256 stands in every score.
 
+For what is measured read sections 7, 9 and 13; for how a run is scored 11 and 15.
+
 Notation: x (..., d_in) an activation, x_hat its reconstruction, f or acts (..., d_sae) the codes.
 doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and a number for its
 document elsewhere: a *valid* token. A *segment* is the part of one document inside one row. A
@@ -94,7 +96,7 @@ TEXT_OPTIONS = (
 
 
 # --------------------------------------------------------------------------------------------------
-# Numbers
+# 1. Numbers
 # --------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +154,7 @@ def public_name(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# The SAE: any folder in SAELens' format
+# 2. The SAE: any folder in SAELens' format
 # --------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +285,7 @@ def load_sae(folder, device="cpu"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows of held-out text
+# 3. Rows of held-out text
 # --------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +362,7 @@ def token_topics(rows):
 
 
 # --------------------------------------------------------------------------------------------------
-# The language model: its activations, and its behaviour with reconstructed ones
+# 4. The language model: its activations, and its behaviour with reconstructed ones
 # --------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +492,7 @@ def behaviour_scores(ce, kl, name):
 
 
 # --------------------------------------------------------------------------------------------------
-# Fidelity and sparsity
+# 5. Fidelity and sparsity
 # --------------------------------------------------------------------------------------------------
 
 
@@ -595,7 +597,7 @@ class Fidelity:
 
 
 # --------------------------------------------------------------------------------------------------
-# SAEBench's core.json
+# 6. SAEBench's core.json
 # --------------------------------------------------------------------------------------------------
 
 
@@ -712,7 +714,7 @@ def core_json(scorer, behaviour, record):
 
 
 # --------------------------------------------------------------------------------------------------
-# Consistency along the text: streamed sums over pairs of tokens
+# 7. Consistency along the text: streamed sums over pairs of tokens
 # --------------------------------------------------------------------------------------------------
 
 
@@ -933,7 +935,7 @@ def best_means(value, keep, n):
 
 
 # --------------------------------------------------------------------------------------------------
-# Codes seen twice: correlations between positions and between latents, clusters
+# 8. Codes seen twice: correlations between positions and between latents, clusters
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1039,17 +1041,12 @@ def redundancy(codes, n, latents, stats):
         "latents": latents[shown], "clusters": cluster[latents[shown]],
         "corr": plain(corr[np.ix_(shown, shown)], 3)}
     together = latents[(others > TOGETHER).sum(1) > PARTNERS]
-    alone = stats["keep"].copy()
-    alone[together] = False
-    apart = {}  # the scores without those together
-    for name in ("autocorr", "autocorr_within"):
-        apart[name] = group_means(stats[name][0], alone, mass, {"whole": slice(None)})["whole"]
     return {
         "latents": len(latents), "share_above_0.9": (best > REDUNDANT).mean(),
         "effective_rank": math.exp(-(p * p.log()).sum().item()),
         "best_partner_histogram": {"edges": edges, "counts": counts}, "matrix": matrix,
         "together": together, "together_count": len(together),
-        "together_mass_share": ratio(mass[together].sum(), mass.sum()), "apart": apart}
+        "together_mass_share": ratio(mass[together].sum(), mass.sum())}
 
 
 def pw_mcc(decoders):
@@ -1156,7 +1153,7 @@ def clusters(codes, latents, stats, topic, lags):
 
 
 # --------------------------------------------------------------------------------------------------
-# What latents tell: probes on single tokens and on documents
+# 9. What latents tell: probes on single tokens and on documents
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1432,7 +1429,7 @@ def probes(codes, known, text, groups, raw):
 
 
 # --------------------------------------------------------------------------------------------------
-# How slow could a read-out be, and do codes switch where the document does?
+# 10. How slow could a read-out be, and do codes switch where the document does?
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1567,7 +1564,7 @@ def boundary(codes, known, groups, raw):
 
 
 # --------------------------------------------------------------------------------------------------
-# One pass over the rows
+# 11. One pass over the rows
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1676,7 +1673,7 @@ def stream(rows, acts, saes, n_lead):
 
 
 # --------------------------------------------------------------------------------------------------
-# consistency.json
+# 12. consistency.json
 # --------------------------------------------------------------------------------------------------
 
 NO_VALUE = "null: too few tokens, pairs, latents that fire, documents or topics to give a value"
@@ -1831,7 +1828,7 @@ def sample_blocks(scorer, raw, rows, stats, text):
 
 
 # --------------------------------------------------------------------------------------------------
-# final_info.json: the headline
+# 13. final_info.json: the headline
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1859,10 +1856,7 @@ HEADLINE = {  # name in final_info.json: where the value stands in consistency.j
     "boundary": ("boundary", "lead"),
     "redundant_share": ("redundancy", "share_above_0.9"),
     "together": ("redundancy", "together_count"),
-    "together_mass_share": ("redundancy", "together_mass_share"),
-    "autocorr_1_apart": ("redundancy", "apart", "autocorr", "mean"),
-    "autocorr_1_mass_apart": ("redundancy", "apart", "autocorr", "mass"),
-    "autocorr_within_1_apart": ("redundancy", "apart", "autocorr_within", "mean")}
+    "together_mass_share": ("redundancy", "together_mass_share")}
 SEPARATIONS = {  # name: the probe, the group that should know more, the one that should know less
     "separation_topic": ("token_topic", "lead", "rest"),
     "separation_token": ("token_class", "rest", "lead")}
@@ -1911,7 +1905,7 @@ def summarise(per_seed, mcc):
 
 
 # --------------------------------------------------------------------------------------------------
-# latents.json: what a page about the latents shows
+# 14. latents.json: what a page about the latents shows
 # --------------------------------------------------------------------------------------------------
 
 PAGE_TOKENS = 65_536  # tokens of the rows that the page can show
@@ -2188,7 +2182,7 @@ def latents_json(cfg, held_out, scorer, stats, consistency, final, run):
 
 
 # --------------------------------------------------------------------------------------------------
-# Scoring a run, or a folder with one SAE
+# 15. Scoring a run, or a folder with one SAE
 # --------------------------------------------------------------------------------------------------
 
 DEFAULTS = {  # of what a run's config.json or the command line does not say
@@ -2437,7 +2431,7 @@ def print_scores(final):
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
+# 16. Command line
 # --------------------------------------------------------------------------------------------------
 
 OPTIONS = (  # name, type, help; all of them take precedence over the run's config.json

@@ -93,7 +93,7 @@ warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
 
 
 # ------------------------------------------------------------------------------------------------
-# Records
+# 1. Records
 # ------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +267,7 @@ def judged_rows(run):
 
 
 # ------------------------------------------------------------------------------------------------
-# Drawing
+# 2. Drawing
 # ------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +300,7 @@ def band(ax, x, values, run, **style):
 
 
 # ------------------------------------------------------------------------------------------------
-# The two pictures of the ladder of runs
+# 3. The two pictures of the ladder of runs
 # ------------------------------------------------------------------------------------------------
 
 
@@ -378,7 +378,7 @@ def minor_tick(value, _):
 
 
 # ------------------------------------------------------------------------------------------------
-# What the temporal loss buys and costs
+# 4. What the temporal loss buys and costs
 # ------------------------------------------------------------------------------------------------
 
 
@@ -648,7 +648,7 @@ def heat_map(ax, table, low, high, digits):
 
 
 # ------------------------------------------------------------------------------------------------
-# What the latents do (first seed)
+# 5. What the latents do (first seed)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -739,7 +739,7 @@ def clusters(records):
 
 
 # ------------------------------------------------------------------------------------------------
-# The page of latents
+# 6. The page of latents
 # ------------------------------------------------------------------------------------------------
 
 
@@ -768,7 +768,7 @@ def write_page(folders, pictures_dir):
 
 
 # ------------------------------------------------------------------------------------------------
-# Scores side by side
+# 7. Scores side by side
 # ------------------------------------------------------------------------------------------------
 
 SAME = {  # what runs that are compared should share: where it stands in consistency.json
@@ -843,23 +843,7 @@ def caveats(first, run):
 
 
 # ------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------
-
-PICTURES = {
-    "metrics_comparison.png": metrics_comparison,
-    "training_curves.png": training_curves,
-    "figures/consistency.png": consistency,
-    "figures/ablation.png": ablation,
-    "figures/frontier.png": frontier,
-    "figures/clusters.png": clusters,
-    "figures/redundancy.png": redundancy,
-    "figures/position_correlation.png": position_correlation,
-}
-
-
-# ------------------------------------------------------------------------------------------------
-# Tables of README.md and notes.txt: whatever stands between `table: NAME` and `end of table`
+# 8. Tables of README.md and notes.txt: whatever stands between `table: NAME` and `end of table`
 # ------------------------------------------------------------------------------------------------
 
 HEADLINE = {  # metric -> row of the first table
@@ -978,6 +962,22 @@ def fill_tables(text, records):
             kind, *names = line.split("table: ")[1].removesuffix("-->").split()
             kept += TABLES[kind](records, *names)
     return "\n".join(kept) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. The command
+# ------------------------------------------------------------------------------------------------
+
+PICTURES = {
+    "metrics_comparison.png": metrics_comparison,
+    "training_curves.png": training_curves,
+    "figures/consistency.png": consistency,
+    "figures/ablation.png": ablation,
+    "figures/frontier.png": frontier,
+    "figures/clusters.png": clusters,
+    "figures/redundancy.png": redundancy,
+    "figures/position_correlation.png": position_correlation,
+}
 
 
 def draw_pictures(records, out_dir):

@@ -53,7 +53,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # ----------------------------------------------------------------------------------------
-# What is embedded: models and a text that come as wheels, with no hub and no account
+# 1. What is embedded: models and a text that come as wheels, with no hub and no account
 # ----------------------------------------------------------------------------------------
 
 
@@ -164,7 +164,7 @@ def embedded_file(name, cache_dir):
 
 
 # ----------------------------------------------------------------------------------------
-# Small things that every script shares
+# 2. Small things that every script shares
 # ----------------------------------------------------------------------------------------
 
 
@@ -278,7 +278,7 @@ def pick_dtype(name, device):
 
 
 # ----------------------------------------------------------------------------------------
-# Models
+# 3. Models
 # ----------------------------------------------------------------------------------------
 
 
@@ -493,7 +493,7 @@ def token_text(tokenizer):
 
 
 # ----------------------------------------------------------------------------------------
-# Reading: a data set -> (text, label) of each document
+# 4. Reading: a data set -> (text, label) of each document
 # ----------------------------------------------------------------------------------------
 
 
@@ -726,7 +726,7 @@ def text_identity(source):
 
 
 # ----------------------------------------------------------------------------------------
-# Rows: documents -> tokens -> three splits -> rows of tokens
+# 5. Rows: documents -> tokens -> three splits -> rows of tokens
 # ----------------------------------------------------------------------------------------
 
 SPLITS = ("heldout", "calibration", "train")
@@ -984,7 +984,7 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
 
 
 # ----------------------------------------------------------------------------------------
-# Activations of one's own
+# 6. Activations of one's own
 # ----------------------------------------------------------------------------------------
 
 
@@ -1101,7 +1101,7 @@ def sink_limit(norms):
 
 
 # ----------------------------------------------------------------------------------------
-# The command
+# 7. The command
 # ----------------------------------------------------------------------------------------
 
 

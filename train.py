@@ -114,6 +114,13 @@ for loss, alpha, matryoshka in (
 # A control at the full budget
 GRID["whole_permuted"] = "--control permuted --n_seeds 3"
 
+# Four times the budget: does the gain stay when an SAE is trained for longer?
+LONG = "--train_tokens 12000000 --n_seeds 3"
+GRID["long_base"] = f"{LONG} --temp_alpha 0"
+GRID["long_ours"] = LONG
+GRID["long_strong"] = f"{LONG} --temp_alpha 0.5"
+GRID["long_tsae"] = f"{LONG} {STUDY['tsae_tuned'].replace(' --n_seeds 3', '')}"
+
 ALL = STUDY | GRID
 
 # ------------------------------------------------------------------------------------------------
