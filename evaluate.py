@@ -18,6 +18,16 @@ document elsewhere: a *valid* token. A *segment* is the part of one document ins
 (the leading latents that a temporal loss binds) and rest. Sums run over all evaluated tokens in
 float64 with one division at the end. They are streamed; what needs the codes twice (position
 matrices, clusters, probes) uses the first SAMPLE_ROWS rows.
+
+Names that recur, and the function that makes each:
+    groups    {"whole", "lead", "rest": slice of latents} (Scorer)
+    seg       (n,) the segment of each token, -1 where it is left out (segment_ids)
+    known     Tokens: what is known of each token of the sample (sample_tokens)
+    in_train  (n,) bool: tokens of the documents that a probe is fitted on (split_documents)
+    stats     {name: (d_sae,) or (L,d_sae)}, values of each latent (latent_stats); "keep": fires
+              MIN_FIRINGS times or more; "mass": how often it fires
+    text      a function, token id -> string (prepare.token_text)
+    record    what every file of one seed says of how it was made (evaluate_run)
 """
 import argparse
 import contextlib

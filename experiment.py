@@ -120,8 +120,7 @@ class Config:
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent",
                      ("tied", "xavier"))
     # -- temporal consistency
-    temp_loss: str = flag("window_mean", "window_mean, infonce, infonce_dot, or one of PAIR_LOSSES: "
-                          "sqdiff, variance, autocorr, selective; see section 3")
+    temp_loss: str = flag("window_mean", "the temporal loss; see section 3")
     temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal "
                        "loss off (infonce compares neighbours at any larger window)", least=1)
@@ -1510,8 +1509,11 @@ def parse(argv):
         if "_" in f.name:
             names.append(f"--{f.name.replace('_', '-')}")
         text = f.metadata["help"]
-        if f.metadata["choices"]:
-            text += f" ({', '.join(f.metadata['choices'])})"
+        choices = f.metadata["choices"]
+        if f.name == "temp_loss":  # they are defined after Config
+            choices = TEMP_LOSSES
+        if choices:
+            text += f" ({', '.join(choices)})"
         text = f"{text} [{f.default}]".replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(*names, dest=f.name, default=f.default, help=text, **kind)
