@@ -25,7 +25,8 @@ Names that recur, and the function that makes each:
     known     Tokens: what is known of each token of the sample (sample_tokens)
     in_train  (n,) bool: tokens of the documents that a probe is fitted on (split_documents)
     stats     {name: (d_sae,) or (L,d_sae)}, values of each latent (latent_stats); "keep": fires
-              MIN_FIRINGS times or more; "mass": how often it fires
+              MIN_FIRINGS times or more; "mass": how often it fires; "eighths" is (8,d_sae), its
+              activation in eighths of the row, "eta2_chance" one number, the eta^2 of chance
     text      a function, token id -> string (prepare.token_text)
     record    what every file of one seed says of how it was made (evaluate_run)
 """
@@ -244,7 +245,7 @@ class SAE:
         """x (..., d_in) raw activations in float32 -> acts (..., d_sae)."""
         x, _, _ = self.normalise(x)
         pre = (x - self.input_bias) @ self.W_enc + self.b_enc
-        if self.rescaled:  # topk only: codes are measured as if decoder rows had unit norm
+        if self.rescaled:  # SAELens, for topk: latents compete as if decoder rows had unit norm
             pre = pre * self.W_dec.norm(dim=1)
         if self.gelu:  # not homogeneous, so it is taken at the scale it was trained at
             acts = F.gelu(pre * self.scale) / self.scale
@@ -542,6 +543,7 @@ class Fidelity:
             "rr": rr, "xx": xx, "yy": yy, "xy": xy, "cos": cos,
             "norm_in": norm_in, "norm_out": norm_out,
             "norm_ratio": norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in),
+            # SAEBench's explained_variance_legacy, a mean over tokens of each one's own ratio
             "legacy": 1 - rr / (x - x.mean(0)).square().sum(1)}
         for name, value in by_token.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.sum().item()
@@ -836,8 +838,11 @@ class LagSums:
         return (stays - p) / np.where(p < 1, 1 - p, np.nan)
 
     def span(self, fires):
-        """(d,) mean run length in tokens: firings / runs; a run starts where none goes on."""
-        runs = fires - self.on_both[0]
+        """(d,) mean run length in tokens: firings / runs.
+
+        A run starts at a firing whose previous token did not fire.
+        """
+        runs = fires - self.on_both[0]  # at lag 1
         return np.divide(fires, runs, out=np.full(len(runs), np.nan), where=runs > 0)
 
     def eta2(self):
@@ -893,8 +898,9 @@ class Neighbours:
     def add_steps(self, f_left, f_right, dx, row, active):
         """S and S_sum from the largest step max_t |df_i| / |dx| of each latent in each row.
 
-        S (T-SAE, arXiv 2511.05541): mean over the latents active in a row, then over rows. A
-        persistent code has fewer of them, so S punishes it; S_sum adds the steps up instead.
+        S (T-SAE, arXiv 2511.05541): mean over the latents that fire in a row, then over rows. With
+        fewer of them in a row, as where a code holds its latents, the same steps give a higher S;
+        S_sum adds the steps up instead.
         """
         step = (f_right - f_left).tocsr()
         size = np.diff(step.indptr)
@@ -1120,13 +1126,13 @@ def cluster_name(rho, eta2_excess, lags):
 
 
 def topic_divergence(codes, topic):
-    """How far each latent's mass by topic is from the corpus's: relative entropy in nats.
+    """How far each latent's activation by topic is from the corpus's: relative entropy in nats.
 
     codes csr (n,m); topic (n,) int, -1 = none. -> (m,)
     """
     known = np.flatnonzero(topic >= 0)
-    mass = sums_by(abs(codes), known, topic[known], topic.max() + 1).T
-    share = mass / np.maximum(mass.sum(1, keepdims=True), 1e-12)
+    strength = sums_by(abs(codes), known, topic[known], topic.max() + 1).T
+    share = strength / np.maximum(strength.sum(1, keepdims=True), 1e-12)
     corpus = np.bincount(topic[known]) / known.size
     return rel_entr(share, corpus).sum(1)
 
@@ -1134,9 +1140,9 @@ def topic_divergence(codes, topic):
 def clusters(codes, latents, stats, topic, lags):
     """Latents clustered by activation pattern.
 
-    Pattern: firing rate, span, autocorrelation at each lag and within the segment, firing by
+    Pattern: firing rate, span, autocorrelation at each lag and within the segment, activation by
     eighths of the context and eta^2 of position, and, where documents carry topics, how far its
-    mass by topic is from the corpus's. stats: latent_stats(); topic (n,) of the tokens, -1 = none.
+    activation by topic is from the corpus's. stats: latent_stats(); topic (n,) of the tokens, -1 = none.
     -> its block of consistency.json, (latents,2) places in a picture. Fills "cluster" in stats.
     """
     def pick(name):
@@ -1420,7 +1426,8 @@ def id_accuracy(codes, order):
 def probes(codes, known, text, groups, raw):
     """Every probe on the sample's codes (csr). raw: what raw_token_topic gave.
 
-    Documents are split 70/30 before anything else. Each value is a mean over classes.
+    For topics and classes documents are split 70/30 before anything else, and a value is the mean
+    over classes; by_class has each class.
     """
     in_train = split_documents(known.doc, 0.7)
     found = {
@@ -1718,7 +1725,7 @@ def raw_scores(sums, x, rows):
 
 
 def latent_stats(scorer):
-    """Per-latent values (d_sae,) or (L,d_sae) of the codes, tokens not permuted.
+    """The stats that the docstring of this file describes, of the codes with no token permuted.
 
     The last three are for clusters() and redundancy() to fill: -1 and NaN mean none.
     """
@@ -1767,7 +1774,7 @@ def pair_blocks(stats, scorer):
 
 
 def consistency_json(scorer, raw, rows, record, text):
-    """Every consistency value of one seed; each mean with its null beside it.
+    """Every consistency value of one seed; those of pairs of tokens with their null beside them.
 
     -> (the contents of consistency.json, latent_stats)
     """
@@ -1873,7 +1880,7 @@ SEPARATIONS = {  # name: the probe, the group that should know more, the one tha
 
 
 def look_up(tree, path):
-    """The value at a path of keys and list indices; None where a block is None or a list too short."""
+    """The value at a path of keys and list indices; None where a block is, or a list is too short."""
     for key in path:
         if tree is None or (isinstance(tree, list) and key >= len(tree)):
             return None
@@ -1967,9 +1974,10 @@ def topic_preference(codes, topic, n_topics):
 
 
 def pick_firings(value, doc, place, n_top=5):
-    """Which firings of one latent to show. value (m,) activations, doc (m,) their documents.
+    """Which firings of one latent to show. value (m,) activations, doc (m,) their documents, place
+    (m,) the numbers of the stretches of BEFORE + AFTER tokens that they lie in.
 
-    The n_top highest, each of another document while there are such, else of another `place`; then
+    The n_top highest, each of another document while there are such, else of another place; then
     the firing nearest to each quantile, in a document not shown yet if there is one.
     -> [(index, name)]
     """
@@ -2460,7 +2468,7 @@ OPTIONS = (  # name, type, help; all of them take precedence over the run's conf
     ("harvest_tokens", int, "training tokens of the run whose held-out rows these are"),
     ("eval_rows", int, "held-out rows"),
     ("reconstruction_rows", int, "leading rows for CE/KL; the rest is for all else (64)"),
-    ("cache_dir", str, "rows and held-out activations; default ~/.cache/temporal-sae"))
+    ("cache_dir", str, "if empty, $TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae"))
 
 
 def find_run(name):

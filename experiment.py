@@ -69,8 +69,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # Each --sparsity and what SAELens calls it. At inference batchtopk is a fixed threshold, so it is
 # saved as jumprelu. Another sparsity: a name here, a branch of encode_dense (training) and of
-# SAE.encode (inference); a penalty goes into Trainer.step; a threshold is fitted in train, scaled in
-# fold_scale and saved in save_sae. evaluate.SAE must know what it is called.
+# SAE.encode (inference); a penalty goes into Trainer.step, a learned tensor into SAE.__init__, a limit
+# on k or the nonlinearity into check; a threshold is fitted in train, scaled in fold_scale and saved
+# in save_sae. evaluate.SAE must know what it is called.
 ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
 
 
@@ -185,7 +186,8 @@ def check(cfg):
     refuse = [  # (whether it is wrong, what is wrong); runs/study belongs to train.py
         (cfg.temp_loss not in TEMP_LOSSES,
          f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}"),
-        (Path(cfg.out_dir).name in ("", "..", "study") or cfg.run_dir.is_file(),
+        (Path(cfg.out_dir).name in ("", "..") or cfg.run_dir.is_file()
+         or cfg.run_dir.resolve() == RUNS / "study",
          f"--out_dir {cfg.out_dir} does not name a directory of its own"),
         (cfg.seed + cfg.n_seeds > 2**63,
          f"--seed {cfg.seed} is too large: it must fit 63 bits"),
@@ -385,8 +387,8 @@ def window_mean_target(x, doc, cfg, step):
     """What the leading latents of each token are to predict, and for which tokens; see window_mean.
 
     Two controls keep the loss and change the target. `other_docs` takes it from another chunk.
-    `permuted` shuffles the tokens of a document within the chunk before it takes window means, so
-    that the target is the mean of random others of the same document.
+    `permuted` shuffles each stretch of one document within the chunk before it takes window means,
+    so that the target is the mean of random others of the same document.
     """
     if cfg.control == "permuted":
         order = shuffle_within_documents(doc, step)  # so doc fits the shuffled x as well
@@ -410,7 +412,7 @@ def shuffle_within_documents(doc, step):
 
 
 def window_mean_loss(guess, target, enough, b_dec):
-    """Sum of |target - guess|^2 as a share of that of |target - b_dec|^2, of guessing b_dec.
+    """Sum of |target - guess|^2, divided by the same sum for the guess b_dec.
 
     >>> one = torch.ones(1, 1, 2)
     >>> window_mean_loss(one, 2 * one, torch.ones(1, 1, dtype=torch.bool), torch.zeros(2))  # 2 / 8
@@ -617,8 +619,8 @@ class Trainer:
         self.sae.initialise(cfg.init, stats.mean, seed)
         self.sae.to(device)
         # The gain lets a leading latent predict the window's mean, which is smaller than a
-        # token's own activation, without shrinking its code. It starts at 0.5, temporal_loss keeps
-        # it in [0, 2], and it is used in training only.
+        # token's own activation, without shrinking its code. It starts at 0.5, temporal_loss clamps
+        # it to [0, 2], and it is used in training only.
         self.gain = torch.nn.Parameter(torch.full((cfg.n_lead,), 0.5, device=device))
         self.parameters = [*self.sae.parameters(), self.gain]
         self.optimizer = torch.optim.Adam(self.parameters, lr=cfg.lr, fused=True)
@@ -755,7 +757,7 @@ class Trainer:
                 "gain": self.gain.data, "silent_tokens": self.silent_tokens, "dead": self.dead}
 
     def load(self, state):
-        """Undo `state`."""
+        """Restore what `state` returned."""
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.gain.data.copy_(state["gain"])

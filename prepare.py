@@ -316,7 +316,7 @@ def hub_revision(kind, name):
 
 
 def model_identity(model):
-    """What identifies a model, the same for memory, disk and a run's record."""
+    """What identifies a model in memory, in the names of cache files and in environment.json."""
     if model in EMBEDDED:
         return {"model": model, "sha256": EMBEDDED[model].sha256}
     folder = Path(model).expanduser().resolve()
@@ -708,7 +708,7 @@ def data_rows(source):
 
 
 def text_identity(source):
-    """What identifies the text, the same for memory, disk and a run's record."""
+    """What identifies the text in the names of cache files and in environment.json."""
     if source.dataset == EMBEDDED_TEXT:
         return {"dataset": EMBEDDED_TEXT, "sha256": EMBEDDED[EMBEDDED_TEXT].sha256}
     identity = source._asdict()
@@ -818,7 +818,7 @@ def tokenised(documents, tokenizer, wanted):
                     continue
                 hashes.append(int(sha256(text)[:15], 16))
                 lengths.append(len(ids))
-                read += len(ids) + 1
+                read += len(ids) + 1  # and a BOS
                 yield {
                     "number": number, "hash": hashes[-1], "label": label,
                     "ids": ids, "length": len(ids),
@@ -1106,7 +1106,7 @@ def sink_limit(norms):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one sentence, as any other mistake."""
+    """Reports bad usage in one sentence, as any other mistake."""
 
     def error(self, message):
         raise ValueError(message)
