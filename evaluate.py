@@ -77,7 +77,7 @@ LAGS = (1, 2, 4, 8, 16, 32, 64)
 AT_16 = LAGS.index(16)
 MIN_FIRINGS = 20  # latents that fire less often have no correlation worth averaging
 SAMPLE_ROWS = 512  # rows whose codes are kept (sparse) for what needs a second look
-SAMPLE_NNZ = 20_000_000  # and at most so many codes: 240 MB
+SAMPLE_NNZ = 20_000_000  # and at most so many codes: 160 MB
 MATRIX_SIDE = 128  # position matrices are at most this wide; longer contexts share cells
 REDUNDANT = 0.9  # two latents are redundant when their codes correlate above this
 TOGETHER = 0.6  # a latent fires together with others when its codes correlate above this ...
@@ -586,13 +586,13 @@ class Fidelity:
     def saebench(self):
         """SAEBench 0.6.0's values, its faults included.
 
-        Its explained_variance divides by Q - (Q/d)^2, which is no variance; its mse divides each
+        Its explained_variance divides by Q - (Q/d)^2, Q the mean of |x|^2: no variance. Its mse divides each
         batch by its size once too often; legacy averages ratios of single tokens.
         """
         n = self.tokens
         s = self.sums
         power = self.batch_sums["xx"] / self.batches
-        residual = self.batch_sums["mse"] / self.batches
+        residual = self.batch_sums["mse"] / self.batches  # |x - y|^2 a token, over all dimensions
         faulty = power - (power / len(self.x_sum)) ** 2
         quality = {
             "explained_variance": 1 - ratio(residual, faulty),
@@ -898,8 +898,8 @@ class Neighbours:
     def add_steps(self, f_left, f_right, dx, row, active):
         """S and S_sum from the largest step max_t |df_i| / |dx| of each latent in each row.
 
-        S (T-SAE, arXiv 2511.05541): mean over the latents that fire in a row, then over rows. With
-        fewer of them in a row, as where a code holds its latents, the same steps give a higher S;
+        S (T-SAE, arXiv 2511.05541): mean over the latents that fire in a row, then over rows. A code
+        that holds its latents has fewer of them in a row, so that the same steps give a higher S;
         S_sum adds the steps up instead.
         """
         step = (f_right - f_left).tocsr()
@@ -1800,6 +1800,7 @@ def consistency_json(scorer, raw, rows, record, text):
             ("autocorr_raw", raw.sums.autocorr()),
             ("autocorr_within_raw", raw.sums.autocorr_within())):  # the ceiling
         kept = np.ones(value.shape[1], bool)
+        # dimensions do not fire: "mass" weights them by their variance
         out[name] = group_means(value, kept, raw.sums.variance, every)["raw"]
     out["linear_limit"] = raw.limit
     out |= sample_blocks(scorer, raw, rows, stats, text)

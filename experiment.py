@@ -379,7 +379,8 @@ def window_mean(x, doc, window):
     same = (doc[:, :, None] == doc[:, None, :]) & (doc[:, :, None] > 0)
     others = (same & near).to(x.dtype)
     count = others.sum(2)
-    means = others @ x / count.clamp(min=1)[..., None]
+    means = others @ x
+    means /= count.clamp(min=1)[..., None]
     return means, count >= min(MIN_OTHERS, window - 1)
 
 
@@ -1024,8 +1025,8 @@ def text_options(cfg):
 def harvest_shards(cfg, rows, folder, dtype, device, forward_rows):
     """Run rows through the LM, SHARD_ROWS a file, and return the files' paths.
 
-    A file is written aside and renamed, so a file that exists is whole, and going on is doing what
-    is missing. Any number of processes may call this at once: they share the work.
+    A file is written aside and renamed, so a file that exists is whole, and a harvest that was stopped
+    only makes the missing ones. Any number of processes may call this at once: they share the work.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(rows), SHARD_ROWS)
@@ -1690,7 +1691,8 @@ class SparseCodes:
     def leading(self, n_latents, n_tokens=None):
         n_tokens = self.shape[0] if n_tokens is None else n_tokens
         p = self.pairs
-        keep = ((p.latent < n_latents) & (p.token < n_tokens)).nonzero()[:, 0]
+        end = p.token_start[n_tokens]  # pairs are in token order
+        keep = (p.latent[:end] < n_latents).nonzero()[:, 0]
         pairs = make_pairs(p.token[keep], p.latent[keep], n_tokens, n_latents)
         return SparseCodes(self.acts[keep], pairs)
 

