@@ -8,28 +8,28 @@ Writes core.json (the keys of SAEBench 0.6.0's core eval), consistency.json (how
 a text), latents.json (what a page about the latents shows) and final_info.json (the headline
 numbers with the raw values of every seed). No score is written before all of them are computed.
 This file should not change between runs that are compared: its SHA-256 stands in every score.
-
-For what is measured read sections 7, 9 and 13; for how a run is scored 11 and 15.
-
-Notation: x (..., d_in) an activation, x_hat its reconstruction, f or acts (..., d_sae) the codes.
-doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and a number for its
-document elsewhere: a *valid* token. A *segment* is the part of one document inside one row. A
-*pair* (t, t + lag) is two valid tokens of one segment. Latents come in three *groups*: whole, lead
-(the leading latents that a temporal loss binds) and rest. Sums run over all evaluated tokens in
-float64 with one division at the end. They are streamed; what needs the codes twice (position
-matrices, clusters, probes) uses the first SAMPLE_ROWS rows.
-
-Names that recur, and the function that makes each:
-    groups    {"whole", "lead", "rest": slice of latents} (Scorer)
-    seg       (n,) the segment of each token, -1 where it is left out (segment_ids)
-    known     Tokens: what is known of each token of the sample (sample_tokens)
-    in_train  (n,) bool: tokens of the documents that a probe is fitted on (split_documents)
-    stats     {name: (d_sae,) or (L,d_sae)}, values of each latent (latent_stats); "keep": fires
-              MIN_FIRINGS times or more; "mass": how often it fires; "eighths" is (8,d_sae), its
-              activation in eighths of the row, "eta2_chance" one number, the eta^2 of chance
-    text      a function, token id -> string (prepare.token_text)
-    record    what every file of one seed says of how it was made (evaluate_run)
 """
+# For what is measured read sections 7, 9 and 13; for how a run is scored 11 and 15.
+#
+# Notation: x (..., d_in) an activation, x_hat its reconstruction, f or acts (..., d_sae) the codes.
+# doc (N,T) holds 0 at a token that is left out (BOS, EOS, PAD, attention sinks) and a number for its
+# document elsewhere: a *valid* token. A *segment* is the part of one document inside one row. A
+# *pair* (t, t + lag) is two valid tokens of one segment. Latents come in three *groups*: whole, lead
+# (the leading latents that a temporal loss binds) and rest. Sums run over all evaluated tokens in
+# float64 with one division at the end. They are streamed; what needs the codes twice (position
+# matrices, clusters, probes) uses the first SAMPLE_ROWS rows.
+#
+# Names that recur, and the function that makes each:
+#     groups    {"whole", "lead", "rest": slice of latents} (Scorer)
+#     seg       (n,) the segment of each token, -1 where it is left out (segment_ids)
+#     known     Tokens: what is known of each token of the sample (sample_tokens)
+#     in_train  (n,) bool: tokens of the documents that a probe is fitted on (split_documents)
+#     stats     {name: (d_sae,) or (L,d_sae)}, values of each latent (latent_stats); "keep": fires
+#               MIN_FIRINGS times or more; "mass": how often it fires; "eighths" is (8,d_sae), its
+#               activation in eighths of the row, "eta2_chance" one number, the eta^2 of chance
+#     text      a function, token id -> string (prepare.token_text)
+#     record    what every file of one seed says of how it was made (evaluate_run)
+
 import argparse
 import contextlib
 import functools

@@ -1,10 +1,10 @@
 """Draw pictures and the page of latents from the records of runs. Needs no torch and no model.
 
-    python plot.py                      # the study in runs/study and your own runs in runs/
-    python plot.py run_4 run_5          # only these runs
-    python plot.py --page run_0 run_6   # latents of one run or of two: latents.html in the last
-    python plot.py --compare run_4 run_5   # their scores side by side, and the differences
-    python plot.py --tables             # the tables of README.md and notes.txt anew
+    python plot.py                        # the study in runs/study and your own runs in runs/
+    python plot.py run_4 run_5            # only these runs
+    python plot.py --compare run_4 run_5  # their scores side by side, and the differences
+    python plot.py --page run_0 run_6     # latents of one run or of two: latents.html in the last
+    python plot.py --tables               # the tables of README.md and notes.txt anew
 
 metrics_comparison.png and training_curves.png are written beside this file, the others under
 figures/. What has no data is skipped with a sentence. Edit `labels` to choose order and names.
