@@ -61,6 +61,9 @@ labels = {  # run directory under runs/study -> label, in the order drawn
 LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
 PAIR = ("run_0", "run_6")
 TRIO = ("run_0", "tsae_tuned", "run_6")
+# Runs of four times the budget, of which only study.csv tells: which run of the study each is like.
+LONG = {"long_base": "run_0", "long_ours": "run_6", "long_strong": "run_8",
+        "long_tsae": "tsae_tuned"}
 LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
     "window_mean": ("window mean (ours)", "#D55E00", "D", "-"),
     "selective": ("selective", "#117733", ">", (0, (3, 1))),
@@ -471,7 +474,7 @@ FRONTIER = {"token_topic_5": "topic of a token, 5 latents (AUROC)",
 
 
 def frontier(records):
-    """Explained variance against what a probe reads: the losses over their weights; whole runs."""
+    """Explained variance against what a probe reads: short runs by weight, whole and long runs."""
     full = [run for run in records.runs if on_frontier(run)]
     if not full:
         raise Missing(f"no run has explained_variance, {' and '.join(FRONTIER)}")
@@ -486,9 +489,15 @@ def frontier(records):
         grid = near_the_best([run for run in records.grid if on_frontier(run)])
     if len(grid) > 1:
         panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
-    height = 0.5 + 3.6 * len(panels)
+    drawn = {run.name: run for run in full}
+    long = [run for run in records.table if LONG.get(run.name) in drawn and not records.chosen]
+    if long:
+        like = [drawn[LONG[run.name]] for run in long]
+        panels.append(("Runs of four times the budget", [
+            (one.label, one.colour, one.marker, "none", [run]) for one, run in zip(like, long)]))
+    height = 0.5 + 3.4 * len(panels)
     figure, axes = plt.subplots(len(panels), 2, figsize=(9, height), squeeze=False, sharey="row")
-    errors = errors_over([len(run.scores["l0"]) for run in grid + full])
+    errors = errors_over([len(run.scores["l0"]) for run in grid + full + long])
     heading(figure, "What it costs", f"{errors}; hollow: L0 over 1 % off")
     for row, (title, curves) in zip(axes, panels):
         for ax, metric in zip(row, FRONTIER):
