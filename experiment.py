@@ -122,7 +122,8 @@ class Config:
                      ("tied", "xavier"))
     # -- temporal consistency
     temp_loss: str = flag("window_mean", "the temporal loss; see section 3")
-    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline, longer training "
+                             "needs more (README)", least=0)
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal "
                        "loss off (infonce compares neighbours at any larger window)", least=1)
     temporal_fraction: float = flag(0.05, "share of the dictionary (its leading latents) that the "
