@@ -586,8 +586,8 @@ class Fidelity:
     def saebench(self):
         """SAEBench 0.6.0's values, its faults included.
 
-        Its explained_variance divides by Q - (Q/d)^2, Q the mean of |x|^2: no variance. Its mse divides each
-        batch by its size once too often; legacy averages ratios of single tokens.
+        Its explained_variance divides by Q - (Q/d)^2, Q the mean of |x|^2: no variance. Its mse
+        divides each batch by its size once too often; legacy averages ratios of single tokens.
         """
         n = self.tokens
         s = self.sums

@@ -69,9 +69,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # Each --sparsity and what SAELens calls it. At inference batchtopk is a fixed threshold, so it is
 # saved as jumprelu. Another sparsity: a name here, a branch of encode_dense (training) and of
-# SAE.encode (inference); a penalty goes into Trainer.step, a learned tensor into SAE.__init__, a setting
-# into Config and save_sae, a limit on k or the nonlinearity into check; a threshold is fitted in train,
-# scaled in fold_scale and saved in save_sae. evaluate.SAE must know what it is called.
+# SAE.encode (inference); a penalty goes into Trainer.step, a learned tensor into SAE.__init__, a
+# setting into Config and save_sae, a limit on k or the nonlinearity into check; a threshold is fitted
+# in train, scaled in fold_scale and saved in save_sae. evaluate.SAE must know what it is called.
 ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
 
 

@@ -6,8 +6,9 @@
 `text_rows` reads documents, tokenises them, splits them into held-out, calibration and training
 documents, and packs each part into rows of tokens. This is done once: the rows are kept in the
 cache directory and memory-mapped. `load_lm` loads the language model, `load_acts` activations that
-the user brings. A ValueError is the user's to mend (so is a model that cannot be loaded,
-whatever the reason); a RuntimeError is a failure of network, disk or pip. Code from a model's or data set's repository is never run.
+the user brings. A ValueError is the user's to mend (so is a model that cannot be loaded, whatever
+the reason); a RuntimeError is a failure of network, disk or pip. Code from a model's or data set's
+repository is never run.
 """
 import os
 
