@@ -1725,7 +1725,7 @@ def raw_scores(sums, x, rows):
 
 
 def latent_stats(scorer):
-    """The stats that the docstring of this file describes, of the codes with no token permuted.
+    """The stats described at the top of this file, of the codes with no token permuted.
 
     The last three are for clusters() and redundancy() to fill: -1 and NaN mean none.
     """

@@ -798,8 +798,8 @@ def compare(runs):
     first, *others = runs
     table = [["", *names, *(f"{name} - {names[0]}" for name in names[1:])]]
     for metric in dict.fromkeys(metric for run in runs for metric in run.scores):
-        values = [number(run.scores.get(metric)) for run in runs]
-        gaps = [difference(first, run, metric) for run in others]
+        values = [significant(run.scores.get(metric)) for run in runs]
+        gaps = [gap_to(first, run, metric) for run in others]
         table.append([metric, *values, *gaps])
     widths = [max(map(len, column)) for column in zip(*table)]
     for metric, *cells in table:
@@ -810,10 +810,11 @@ def compare(runs):
             print(f"note: {name} and {names[0]} {sentence}")
 
 
-def number(values, sign=""):
-    """Mean ± standard error with significant digits, for scores of any size; "-" for no values.
+def significant(values, sign=""):
+    """Mean ± standard error with significant digits; "-" for no values.
 
-    One seed has no error. sign: "+" shows it.
+    For scores of any size, which with_error, made for tables of shares, rounds away. One seed has
+    no error. sign: "+" shows it.
     """
     if values is None:
         return "-"
@@ -824,14 +825,14 @@ def number(values, sign=""):
     return text
 
 
-def difference(first, run, metric):
+def gap_to(first, run, metric):
     """How a score of a run differs from the first run's; paired where both begin at one seed."""
     if metric not in first.scores or metric not in run.scores:
         return "-"
     a, b = first.scores[metric], run.scores[metric]
     if first.config.get("seed") == run.config.get("seed"):
-        return number(paired(b, a), "+")
-    return number([b.mean() - a.mean()], "+")
+        return significant(paired(b, a), "+")
+    return significant([b.mean() - a.mean()], "+")
 
 
 def caveats(first, run):
