@@ -373,8 +373,8 @@ class Acceptance:
     def gradients(self):
         """Float32 gradients and updated weights: the device's dense codes, the CPU's both kinds."""
         kinds = (*KINDS, "l1 + temporal", "topk + temporal")
-        cases = [(kind, "window_mean") for kind in kinds]
-        for loss in (*experiment.PAIR_LOSSES, "infonce", "infonce_dot"):
+        cases = [(kind, "window_infonce") for kind in kinds]
+        for loss in (*experiment.PAIR_LOSSES, "window_mean", "infonce", "infonce_dot"):
             cases += [("l1 + temporal", loss), ("batchtopk + temporal", loss)]
         x, stats = batch_of(synthetic_acts(2, 0)[0])
         for kind, loss in cases:

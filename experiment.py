@@ -9,8 +9,9 @@ SAE, temporal consistency, training step, harvest by hooks, training loop, run d
 last section is a faster encoder and decoder for CPUs, with the same codes but for what it says
 there; skip it on first reading.
 
-The temporal target: from one token's activation, a leading share of the latents is also to predict
-the mean activation of the tokens around it. So what lasts gathers there.
+The temporal target: what a leading share of the latents reads from one token's activation is also
+to tell the mean activation of the tokens around it from such means in other documents. So what
+lasts gathers there.
 
 prepare.py turns names into text and models. evaluate.py judges the result; do not change it between
 runs that you compare.
@@ -121,19 +122,19 @@ class Config:
     init: str = flag("tied", "tied: W_enc = W_dec^T, b_dec = data mean; xavier: independent",
                      ("tied", "xavier"))
     # -- temporal consistency
-    temp_loss: str = flag("window_mean", "the temporal loss; see section 3")
-    temp_alpha: float = flag(0.2, "weight of the temporal loss; 0 is the baseline, longer training "
-                             "needs more (README)", least=0)
+    temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
+    temp_alpha: float = flag(0.01, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal "
                        "loss off (infonce compares neighbours at any larger window)", least=1)
-    temporal_fraction: float = flag(0.05, "share of the dictionary (its leading latents) that the "
+    temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
                                     "temporal loss binds", above=0)
-    temperature: float = flag(1.0, "of InfoNCE's softmax; infonce_dot: of inner products in raw "
-                              "units", above=0)
+    temperature: float = flag(0.1, "of the softmax of every InfoNCE (1 is T-SAE's); infonce_dot: of "
+                              "inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
-    control: str = flag("none", "window_mean: take the target from another chunk, or shuffle "
-                        "the tokens of each document first", ("none", "other_docs", "permuted"))
+    control: str = flag("none", "window_infonce, window_mean: take the target from another chunk, or "
+                        "shuffle the tokens of each document first",
+                        ("none", "other_docs", "permuted"))
     # -- training
     train_tokens: int = flag(3_000_000, "tokens trained on in all; the harvest is passed over again "
                              "and again", least=1)
@@ -206,8 +207,8 @@ def check(cfg):
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
          "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero"),
-        (cfg.control != "none" and cfg.temp_loss != "window_mean",
-         f"--control {cfg.control} needs --temp_loss window_mean"),
+        (cfg.control != "none" and cfg.temp_loss not in WINDOW_LOSSES,
+         f"--control {cfg.control} needs --temp_loss {' or '.join(WINDOW_LOSSES)}"),
         (not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
          f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
          f"{cfg.eval_rows} for the other metrics"),
@@ -386,7 +387,7 @@ def window_mean(x, doc, window):
 
 
 def window_mean_target(x, doc, cfg, step):
-    """What the leading latents of each token are to predict, and for which tokens; see window_mean.
+    """What the leading latents of each token are to tell, and for which tokens; see window_mean.
 
     Two controls keep the loss and change the target. `other_docs` takes it from another chunk.
     `permuted` shuffles each stretch of one document within the chunk before it takes window means,
@@ -423,6 +424,31 @@ def window_mean_loss(guess, target, enough, b_dec):
     error = F.mse_loss(guess, target, reduction="none").sum(-1)
     spread = (target - b_dec.detach()).square().sum(-1)
     return (error * enough).sum() / (spread * enough).sum().clamp(min=1e-8)
+
+
+def window_infonce_loss(guess, target, enough, doc, temperature):
+    """InfoNCE: a token's guess must tell its own window mean from those of other documents.
+
+    guess and target (N, T, d), enough and doc (N, T). The others are the means at the same place of
+    the other chunks; all are compared by cosines. Contrastive predictive coding (van den Oord et
+    al. 2018), where what is predicted is not learned, so it cannot collapse.
+
+    >>> one_hot = torch.eye(2).view(2, 1, 2)
+    >>> yes = torch.ones(2, 1, dtype=torch.bool)
+    >>> window_infonce_loss(one_hot, one_hot, yes, torch.tensor([[1], [2]]), 1.0)  # log(1 + 1/e)
+    tensor(0.3133)
+    """
+    n_chunks, _, d = guess.shape
+    shortest = 0.1 * d**0.5  # a tenth of an activation. An empty guess has no direction
+    guess = F.normalize(guess, dim=2, eps=shortest).transpose(0, 1)  # (T, N, d)
+    target = F.normalize(target, dim=2, eps=shortest).transpose(0, 1)
+    with torch.autocast(guess.device.type, enabled=False):  # bfloat16 is too coarse for logits
+        logits = guess @ target.transpose(1, 2) / temperature  # (T, N, N)
+    doc, enough = doc.t(), enough.t()
+    own = torch.eye(n_chunks, dtype=torch.bool, device=guess.device)
+    others = enough[:, None, :] & (doc[:, :, None] != doc[:, None, :])
+    log_p = logits.masked_fill(~(own | others), -torch.inf).log_softmax(2)
+    return -(log_p.diagonal(dim1=1, dim2=2) * enough).sum() / enough.sum().clamp(min=1)
 
 
 class PairMoments(NamedTuple):
@@ -532,7 +558,8 @@ def infonce_loss(codes, doc, temperature, cosine=True):
 # another shape: a name in TEMP_LOSSES and a branch of Trainer.temporal_loss.
 PAIR_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss,
                "selective": selective_loss}
-TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
+WINDOW_LOSSES = ("window_infonce", "window_mean")  # of the window's mean; the others are of codes
+TEMP_LOSSES = (*WINDOW_LOSSES, "infonce", "infonce_dot", *PAIR_LOSSES)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -541,7 +568,7 @@ TEMP_LOSSES = ("window_mean", "infonce", "infonce_dot", *PAIR_LOSSES)
 
 DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits for the GPU
 # The chunks of a batch are shuffled, so the first of them are a fair sample at a part of the cost:
-MEAN_SHARE = 2  # the window mean sees the first half,
+WINDOW_SHARE = 2  # WINDOW_LOSSES see the first half,
 PAIR_SHARE = 4  # PAIR_LOSSES the first quarter,
 AUXK_SHARE = 4  # and AuxK, too
 
@@ -620,9 +647,9 @@ class Trainer:
         self.sae = SAE(cfg, d_in)
         self.sae.initialise(cfg.init, stats.mean, seed)
         self.sae.to(device)
-        # The gain lets a leading latent predict the window's mean, which is smaller than a
-        # token's own activation, without shrinking its code. It starts at 0.5, temporal_loss clamps
-        # it to [0, 2], and it is used in training only.
+        # For window_mean. The gain lets a leading latent predict the window's mean, which is smaller
+        # than a token's own activation, without shrinking its code. It starts at 0.5, temporal_loss
+        # clamps it to [0, 2], and it is used in training only.
         self.gain = torch.nn.Parameter(torch.full((cfg.n_lead,), 0.5, device=device))
         self.parameters = [*self.sae.parameters(), self.gain]
         self.optimizer = torch.optim.Adam(self.parameters, lr=cfg.lr, fused=True)
@@ -695,14 +722,19 @@ class Trainer:
     def temporal_loss(self, codes, x, doc, step):
         """The temporal loss of the leading latents; see section 3."""
         cfg, sae = self.cfg, self.sae
-        if cfg.temp_loss == "window_mean":
-            doc = doc[: max(1, len(doc) // MEAN_SHARE)]
+        if cfg.temp_loss in WINDOW_LOSSES:
+            doc = doc[: max(1, len(doc) // WINDOW_SHARE)]
             x = x[: doc.numel()].view(*doc.shape, -1)
+            lead = codes.leading(cfg.n_lead, doc.numel())
+            W_lead = sae.W_dec[: cfg.n_lead]
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
                 target, enough = window_mean_target(x, doc, cfg, step)
-            W_lead = self.gain.clamp(0, 2)[:, None] * sae.W_dec[: cfg.n_lead]
-            guess = codes.leading(cfg.n_lead, doc.numel()).decode(W_lead) + sae.b_dec
-            return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
+            if cfg.temp_loss == "window_mean":
+                guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
+                return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
+            guess = lead.decode(W_lead).float().view_as(x)
+            target = target - sae.b_dec.detach()
+            return window_infonce_loss(guess, target, enough, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.leading(cfg.n_lead, doc.numel()).dense().float()

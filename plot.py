@@ -45,15 +45,14 @@ labels = {  # run directory under runs/study -> label, in the order drawn
     "run_4": "+ LayerNorm",
     "run_5": "GELU",
     "run_6": "temporal (ours)",
-    "run_8": "temporal, weight .5",
-    "run_7": "temporal, weight 1",
+    "run_7": "temporal, weight .03",
+    "run_8": "window mean, squared error",
     "tsae_published": "T-SAE (as published)",
     "tsae_released": "T-SAE (as released)",
     "tsae_tuned": "T-SAE (tuned)",
     "matryoshka": "Matryoshka",
     "gemma_base": "Gemma 3: baseline",
     "gemma_ours": "Gemma 3: temporal (ours)",
-    "gemma_low": "Gemma 3: temporal, weight .1",
     "gemma_tsae": "Gemma 3: T-SAE (cosines)",
     "gemma_tsae_dot": "Gemma 3: T-SAE (inner products)",
 }
@@ -62,10 +61,10 @@ LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
 PAIR = ("run_0", "run_6")
 TRIO = ("run_0", "tsae_tuned", "run_6")
 # Runs of four times the budget, of which only study.csv tells: which run of the study each is like.
-LONG = {"long_base": "run_0", "long_ours": "run_6", "long_strong": "run_8",
-        "long_tsae": "tsae_tuned"}
+LONG = {"long_base": "run_0", "long_ours": "run_6", "long_mean": "run_8", "long_tsae": "tsae_tuned"}
 LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
-    "window_mean": ("window mean (ours)", "#D55E00", "D", "-"),
+    "window_infonce": ("window mean, InfoNCE (ours)", "#D55E00", "D", "-"),
+    "window_mean": ("window mean, squared error", "#882255", "d", "-"),
     "selective": ("selective", "#117733", ">", (0, (3, 1))),
     "infonce": ("InfoNCE (T-SAE)", "#56B4E9", "s", "--"),
     "infonce_dot": ("InfoNCE, inner products", "#0072B2", "P", "--"),

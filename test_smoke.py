@@ -59,7 +59,7 @@ import train
 HERE = Path(__file__).resolve().parent
 D_IN, LAYERS, POSITIONS, VOCABULARY = 32, 3, 64, 400
 CHOICES = {f.name: f.metadata["choices"] for f in experiment.fields(experiment.Config)}
-LOSSES = ("window_mean", "infonce", "infonce_dot", *experiment.PAIR_LOSSES)
+LOSSES = ("window_infonce", "window_mean", "infonce", "infonce_dot", *experiment.PAIR_LOSSES)
 
 # ------------------------------------------------------------------------------------------------
 # Helpers
@@ -268,7 +268,7 @@ def tiny(work, lm_dir):
             "context_size": 32, "chunk_size": 8, "window": 4, "harvest_tokens": 8192,
             "eval_rows": 96, "reconstruction_rows": 8, "d_sae": 64, "k": 4, "batch_size": 256,
             "train_tokens": 256 * 40, "lr": 3e-3, "warmup_steps": 5, "dead_tokens": 2000,
-            "temporal_fraction": 0.25, "log_every": 5, "matmul_dtype": "float32"}
+            "temp_alpha": 0.3, "temporal_fraction": 0.25, "log_every": 5, "matmul_dtype": "float32"}
 
 
 @pytest.fixture(scope="session")
@@ -425,6 +425,46 @@ def test_infonce_equals_a_loop_and_takes_negatives_of_other_documents(chunks, co
     close(value, infonce_by_hand(codes + 0.01, doc, 0.5, cosine))
 
 
+def window_infonce_by_hand(guess, target, enough, doc, temperature):
+    """Each guess against the targets of all chunks at its place that are of another document."""
+    def direction(v):
+        v = v.double().numpy()
+        length = np.linalg.norm(v, axis=2, keepdims=True)
+        return v / np.maximum(length, 0.1 * math.sqrt(v.shape[2]))
+
+    a, b = direction(guess), direction(target)
+    losses = []
+    for n, t in enough.nonzero().tolist():
+        logits = [a[n, t] @ b[n, t] / temperature]
+        for m in range(len(doc)):
+            if enough[m, t] and doc[m, t] != doc[n, t]:
+                logits.append(a[n, t] @ b[m, t] / temperature)
+        losses.append(np.log(np.exp(logits).sum()) - logits[0])
+    return np.mean(losses)
+
+
+def test_the_window_infonce_equals_a_loop_and_takes_negatives_of_other_documents(chunks):
+    codes, x, doc = chunks
+    generator = torch.Generator().manual_seed(1)
+    guess = x + torch.randn(x.shape, generator=generator)
+    guess[0, :3] *= 1e-3  # shorter than what counts as a direction
+    target, enough = experiment.window_mean(x, doc, 4)
+    value = experiment.window_infonce_loss(guess, target, enough, doc, 0.3).item()
+    close(value, window_infonce_by_hand(guess, target, enough, doc, 0.3))
+    guess = torch.where(enough[..., None], guess, 1e3)  # what stands where there is no target
+    target = torch.where(enough[..., None], target, -1e3)
+    close(experiment.window_infonce_loss(guess, target, enough, doc, 0.3).item(), value)
+
+
+def test_no_gradient_of_the_window_infonce_is_large_where_no_latent_is_on():
+    guess = torch.zeros(4, 3, 64, requires_grad=True)
+    target = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
+    doc = torch.arange(1, 5)[:, None].expand(4, 3)
+    loss = experiment.window_infonce_loss(guess, target, doc > 0, doc, 1.0)
+    (grad,) = torch.autograd.grad(loss, guess)
+    assert 0 < grad.norm() < 1
+
+
 def test_controls_break_the_order_and_nothing_else(quick, chunks):
     """other_docs: a target of another chunk. permuted: random other tokens of the document."""
     _, x, doc = chunks
@@ -511,8 +551,9 @@ def test_the_sparse_step_has_the_gradients_of_the_dense_one(quick, name):
         assert p.grad is None or (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm()
 
 
-def test_each_term_of_the_loss_equals_its_formula(quick):
-    trainer, x, doc, n_valid = a_trainer(quick)
+@pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
+def test_each_term_of_the_loss_equals_its_formula(quick, loss):
+    trainer, x, doc, n_valid = a_trainer(quick, temp_loss=loss, temperature=0.3)
     before = copy.deepcopy(trainer.sae).requires_grad_(False)
     terms = trainer.step(x, doc, n_valid, 7)
     ok = doc.flatten() > 0
@@ -522,10 +563,16 @@ def test_each_term_of_the_loss_equals_its_formula(quick):
     lead = codes[:, :150] @ before.W_dec[:150]
     error = (x - lead - before.b_dec)[ok].square().sum()
     close(terms["matryoshka"].item(), error.item() / n_valid / 100)
-    # the temporal target is taken on the first half of the chunks; the gain begins at 1/2
+    # the temporal target is taken on the first half of the chunks
     mean = window_mean_by_hand(x.view(32, 8, 64)[:16], doc[:16], 3) - before.b_dec.numpy()
-    error = np.nansum((mean - lead.view(32, 8, 64)[:16].numpy() / 2) ** 2)
-    close(terms["temporal"].item(), error / np.nansum(mean**2))
+    guess = lead.view(32, 8, 64)[:16]
+    if loss == "window_mean":  # the gain begins at 1/2
+        expected = np.nansum((mean - guess.numpy() / 2) ** 2) / np.nansum(mean**2)
+    else:
+        enough = torch.from_numpy(np.isfinite(mean[..., 0]))
+        target = torch.from_numpy(np.nan_to_num(mean))
+        expected = window_infonce_by_hand(guess, target, enough, doc[:16], 0.3)
+    close(terms["temporal"].item(), expected)
     dead = torch.arange(5, 300, 31)  # AuxK: on a quarter, dead latents explain what is left
     aux = torch.relu((x[:64] - before.b_dec) @ before.W_enc[:, dead] + before.b_enc[dead])
     error = (residual[:64] - aux @ before.W_dec[dead])[ok[:64]].square().sum()

@@ -33,16 +33,20 @@ EXPERIMENT = Path(experiment.__file__)
 # ------------------------------------------------------------------------------------------------
 
 SQDIFF = "--temp_loss sqdiff --window 2 --temporal_fraction 1"
+MEAN = "--temp_loss window_mean --temporal_fraction 0.05"
 LEAD = "--temporal_fraction 0.2"
+COSINES = f"{LEAD} --temp_loss infonce --temperature 1"
+PRODUCTS = f"{LEAD} --temp_loss infonce_dot --temperature 1"
 GEMMA = ("--model gemma-3-270m --layer 12 --harvest_tokens 262144 --train_tokens 1500000 "
          "--reconstruction_rows 16")
 STUDY = {
     # Baseline and default
     "run_0": "--temp_alpha 0 --n_seeds 5",
     "run_6": "--n_seeds 5",
-    # Stronger points of the same frontier
-    "run_8": "--temp_alpha 0.5 --n_seeds 3",
-    "run_7": "--temp_alpha 1 --n_seeds 3",
+    # A stronger point of the same frontier
+    "run_7": "--temp_alpha 0.03 --n_seeds 3",
+    # The same target predicted with a squared error, the default of the study before
+    "run_8": f"{MEAN} --temp_alpha 0.2 --n_seeds 5",
     # The ladder of the first notebook, each rung on top of the one before; 5 takes LayerNorm out
     "run_1": f"{SQDIFF} --temp_alpha 1e-3 --grad_clip 0 --schedule constant --warmup_steps 0",
     "run_2": f"{SQDIFF} --temp_alpha 1e-3 --schedule constant --warmup_steps 0 --init xavier",
@@ -53,12 +57,10 @@ STUDY = {
     # |x - x_hat|^2 + |x - x_hat_lead|^2 + CE + CE of cosines; released 0.4 and 0.1 of the squared
     # errors and 0.1 times the mean of two CEs of inner products.
     "matryoshka": f"{LEAD} --temp_alpha 0 --matryoshka_alpha 0.25 --n_seeds 3",
-    "tsae_published": f"{LEAD} --temp_loss infonce --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
-    "tsae_released": f"{LEAD} --temp_loss infonce_dot --temp_alpha 0.25 --matryoshka_alpha 0.25 "
-                     "--n_seeds 3",
+    "tsae_published": f"{COSINES} --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
+    "tsae_released": f"{PRODUCTS} --temp_alpha 0.25 --matryoshka_alpha 0.25 --n_seeds 3",
     # Tuned: of sweep_*, the best token_topic_5 + document_id within .01 of explained variance
-    "tsae_tuned": f"{LEAD} --temp_loss infonce_dot --temp_alpha 0.5 --matryoshka_alpha 0.15 "
-                  "--n_seeds 3",
+    "tsae_tuned": f"{PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15 --n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
     "k16_ours": "--k 16 --n_seeds 3",
@@ -68,9 +70,7 @@ STUDY = {
     # cosines with the weight 1000 (a good one in short runs) and tsae_tuned
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
-    "gemma_low": f"{GEMMA} --temp_alpha 0.1 --n_seeds 3",
-    "gemma_tsae": f"{GEMMA} {LEAD} --temp_loss infonce --temp_alpha 3.2e6 --matryoshka_alpha 0.25 "
-                  "--n_seeds 3",
+    "gemma_tsae": f"{GEMMA} {COSINES} --temp_alpha 3.2e6 --matryoshka_alpha 0.25 --n_seeds 3",
     "gemma_tsae_dot": f"{GEMMA} {LEAD} --temp_loss infonce_dot --temp_alpha 1600 "
                       "--temperature 3200 --matryoshka_alpha 0.15 --n_seeds 3",
 }
@@ -80,14 +80,14 @@ SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3",
         "control_other_docs": f"{SHORT} --control other_docs --n_seeds 3",
         "control_permuted": f"{SHORT} --control permuted --n_seeds 3"}
-for window in (2, 4, 8, 16, 32):
-    for alpha in (0.05, 0.2, 1):
-        flags = f"{SHORT} --window {window} --temp_alpha {alpha} --n_seeds 3"
-        GRID[f"grid_w{window}_a{alpha}"] = flags
-for fraction in (0.02, 0.1, 0.2):
-    for alpha in (0.05, 0.2, 1):
-        flags = f"{SHORT} --temporal_fraction {fraction} --temp_alpha {alpha} --n_seeds 3"
+for alpha in (0.003, 0.01, 0.03):
+    for window in (2, 4, 8, 16, 32):
+        GRID[f"grid_w{window}_a{alpha}"] = f"{SHORT} --window {window} --temp_alpha {alpha}"
+    for fraction in (0.01, 0.05, 0.2):
+        flags = f"{SHORT} --temporal_fraction {fraction} --temp_alpha {alpha}"
         GRID[f"grid_f{fraction}_a{alpha}"] = flags
+for alpha in (0.05, 0.2, 1):
+    GRID[f"grid_mean_a{alpha}"] = f"{SHORT} {MEAN} --temp_alpha {alpha} --n_seeds 3"
 OTHER_LOSSES = {"sqdiff": (1e-4, 1e-3, 1e-2), "variance": (0.01, 0.03, 0.1),
                 "autocorr": (0.01, 0.03, 0.1), "selective": (0.1, 0.3, 1)}
 for loss, alphas in OTHER_LOSSES.items():
@@ -95,10 +95,10 @@ for loss, alphas in OTHER_LOSSES.items():
         flags = f"{SHORT} --temp_loss {loss} --window 2 --temporal_fraction 1 --temp_alpha {alpha}"
         GRID[f"grid_{loss}_a{alpha}"] = flags
 for alpha in (0.25, 2.5, 25, 250):
-    flags = f"{SHORT} {LEAD} --temp_loss infonce_dot --temp_alpha {alpha} --matryoshka_alpha 0.25"
+    flags = f"{SHORT} {PRODUCTS} --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_dot_a{alpha}"] = flags
 for alpha in (2, 20, 200, 600, 1000, 2000, 6000):
-    flags = f"{SHORT} {LEAD} --temp_loss infonce --temp_alpha {alpha} --matryoshka_alpha 0.25"
+    flags = f"{SHORT} {COSINES} --temp_alpha {alpha} --matryoshka_alpha 0.25"
     GRID[f"grid_infonce_a{alpha}"] = flags
 
 # Whole runs of T-SAE, of which "tuned" is the best: both forms of its loss, its weight and that of the
@@ -109,17 +109,29 @@ for loss, alpha, matryoshka in (
         ("infonce_dot", 0.05, 0.25), ("infonce_dot", 0.1, 0.25), ("infonce_dot", 0.2, 0.25),
         ("infonce_dot", 0.5, 0.25), ("infonce_dot", 0.3, 0.15), ("infonce_dot", 0.5, 0.15),
         ("infonce_dot", 0.25, 0.05), ("infonce_dot", 0.5, 0.05)):
-    flags = f"{LEAD} --temp_loss {loss} --temp_alpha {alpha} --matryoshka_alpha {matryoshka}"
-    GRID[f"sweep_{loss}_a{alpha}_m{matryoshka}"] = flags
-# A control at the full budget
+    flags = f"--temp_loss {loss} --temp_alpha {alpha} --matryoshka_alpha {matryoshka}"
+    GRID[f"sweep_{loss}_a{alpha}_m{matryoshka}"] = f"{LEAD} {flags} --temperature 1"
+
+# Whole runs of ours: weights, leading shares, temperatures, and what the controls do
+for alpha in (0.003, 0.1):
+    GRID[f"whole_a{alpha}"] = f"--temp_alpha {alpha}"
+for fraction in (0.01, 0.05, 0.1):
+    GRID[f"whole_f{fraction}"] = f"--temporal_fraction {fraction}"
+for temperature in (0.05, 0.2):
+    GRID[f"whole_t{temperature}"] = f"--temperature {temperature}"
 GRID["whole_permuted"] = "--control permuted --n_seeds 3"
+GRID["whole_other_docs"] = "--control other_docs"
+for alpha in (0.5, 1):
+    GRID[f"whole_mean_a{alpha}"] = f"{MEAN} --temp_alpha {alpha} --n_seeds 3"
+GRID["whole_mean_other_docs"] = f"{MEAN} --temp_alpha 0.2 --control other_docs"
 
 # Four times the budget: does the gain stay when an SAE is trained for longer?
 LONG = "--train_tokens 12000000 --n_seeds 3"
 GRID["long_base"] = f"{LONG} --temp_alpha 0"
 GRID["long_ours"] = LONG
-GRID["long_strong"] = f"{LONG} --temp_alpha 0.5"
-GRID["long_tsae"] = f"{LONG} {STUDY['tsae_tuned'].replace(' --n_seeds 3', '')}"
+GRID["long_mean"] = f"{LONG} {MEAN} --temp_alpha 0.2"
+GRID["long_mean_a0.5"] = f"{LONG} {MEAN} --temp_alpha 0.5"
+GRID["long_tsae"] = f"{LONG} {PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15"
 
 ALL = STUDY | GRID
 
