@@ -93,8 +93,9 @@ class OurStep:
             settings["temp_alpha"] = 0.0
         cfg = Config(d_sae=d_sae, k=k, sparsity=sparsity, batch_size=len(x), **settings)
         self.trainer = experiment.Trainer(cfg, x.shape[1], stats, 0, x.device)
-        doc = torch.arange(len(x), dtype=torch.int32, device=x.device) // ROW + 1
-        self.doc = doc.view(-1, cfg.chunk_size)
+        n_chunks = len(x) // cfg.chunk_size
+        doc = torch.arange(1, n_chunks + 1, dtype=torch.int32, device=x.device)
+        self.doc = doc[:, None].expand(n_chunks, cfg.chunk_size)  # each chunk its own document
         self.step = cfg.steps // 2 // experiment.DEAD_EVERY * experiment.DEAD_EVERY + 1
         self.x = x
 
@@ -387,13 +388,16 @@ class Acceptance:
 
     def one_step(self, kind, loss, x, stats, dense):
         """Gradients and new weights of a step that has dead latents and clips, on the CPU."""
-        step = OurStep(kind, x, stats, 128, 8, temp_loss=loss, window=8, init="xavier",
-                       matmul_dtype="float32", grad_clip=1e-3)
+        step = OurStep(kind, x, stats, 128, 8, temp_loss=loss, temp_alpha=1.0, window=8,
+                       temporal_fraction=0.25, init="xavier", matmul_dtype="float32",
+                       grad_clip=1e-3)
         trainer = step.trainer
         if dense:
             trainer.encode_batch = experiment.encode_dense
         trainer.dead = torch.arange(5, 128, 9, device=x.device)
-        step()
+        terms = step()
+        if "temporal" in terms and not terms["temporal"] > 0:
+            raise ValueError(f"the batch gives {loss} nothing to do")
         grads = [p.grad for p in trainer.parameters if p.grad is not None]
         return [t.detach().cpu() for t in [*grads, *trainer.parameters]]
 

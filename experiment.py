@@ -9,9 +9,8 @@ SAE, temporal consistency, training step, harvest by hooks, training loop, run d
 last section is a faster encoder and decoder for CPUs, with the same codes but for what it says
 there; skip it on first reading.
 
-The temporal target: what a leading share of the latents reads from one token's activation is also
-to tell the mean activation of the tokens around it from such means in other documents. So what
-lasts gathers there.
+The temporal target: from one token's activation, the leading latents must also pick out the mean
+activation of the tokens around it among such means of other documents. So what lasts gathers there.
 
 prepare.py turns names into text and models. evaluate.py judges the result; do not change it between
 runs that you compare.
@@ -124,12 +123,12 @@ class Config:
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
     temp_alpha: float = flag(0.01, "weight of the temporal loss; 0 is the baseline", least=0)
-    window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal "
-                       "loss off (infonce compares neighbours at any larger window)", least=1)
+    window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal loss "
+                       "off (infonce and infonce_dot compare neighbours at any larger one)", least=1)
     temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
                                     "temporal loss binds", above=0)
-    temperature: float = flag(0.1, "of the softmax of every InfoNCE (1 is T-SAE's); infonce_dot: of "
-                              "inner products in raw units", above=0)
+    temperature: float = flag(0.1, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
+                              "infonce_dot of inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
     control: str = flag("none", "window_infonce, window_mean: take the target from another chunk, or "
@@ -203,6 +202,10 @@ def check(cfg):
          f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}"),
         (n_chunks % WORLD > 0,
          f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes"),
+        (cfg.temporal and cfg.temp_loss == "window_infonce"
+         and n_chunks // WORLD < 2 * WINDOW_SHARE,
+         f"--batch_size {cfg.batch_size} is too small for --temp_loss window_infonce: each process "
+         f"needs {2 * WINDOW_SHARE} chunks of {cfg.chunk_size} tokens, to have other documents"),
         (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
@@ -387,7 +390,8 @@ def window_mean(x, doc, window):
 
 
 def window_mean_target(x, doc, cfg, step):
-    """What the leading latents of each token are to tell, and for which tokens; see window_mean.
+    """The target of each token's leading latents (N, T, d), which tokens have one, and of which
+    document it is (N, T); see window_mean.
 
     Two controls keep the loss and change the target. `other_docs` takes it from another chunk.
     `permuted` shuffles each stretch of one document within the chunk before it takes window means,
@@ -397,11 +401,11 @@ def window_mean_target(x, doc, cfg, step):
         order = shuffle_within_documents(doc, step)  # so doc fits the shuffled x as well
         target, enough = window_mean(x.take_along_dim(order[..., None], 1), doc, cfg.window)
         back = order.argsort(1)  # undoes the shuffle
-        return target.take_along_dim(back[..., None], 1), enough.take_along_dim(back, 1)
+        return target.take_along_dim(back[..., None], 1), enough.take_along_dim(back, 1), doc
     target, enough = window_mean(x, doc, cfg.window)
     if cfg.control == "other_docs":
-        return target.roll(1, 0), enough & enough.roll(1, 0)
-    return target, enough
+        return target.roll(1, 0), enough & enough.roll(1, 0), doc.roll(1, 0)
+    return target, enough, doc
 
 
 def shuffle_within_documents(doc, step):
@@ -426,28 +430,35 @@ def window_mean_loss(guess, target, enough, b_dec):
     return (error * enough).sum() / (spread * enough).sum().clamp(min=1e-8)
 
 
-def window_infonce_loss(guess, target, enough, doc, temperature):
-    """InfoNCE: a token's guess must tell its own window mean from those of other documents.
+def window_infonce_loss(guess, target, enough, owner, doc, temperature):
+    """InfoNCE: a token's guess must pick out its own target among those of other documents.
 
-    guess and target (N, T, d), enough and doc (N, T). The others are the means at the same place of
-    the other chunks; all are compared by cosines. Contrastive predictive coding (van den Oord et
-    al. 2018), where what is predicted is not learned, so it cannot collapse.
+    guess and target (N, T, d), of activations with a mean square of 1 a dimension; enough (N, T):
+    which tokens have a target; owner (N, T): of which document it is; doc (N, T). Negatives are the
+    targets at the same place of the other chunks; all are compared by cosines. Contrastive
+    predictive coding (van den Oord et al. 2018), except that the targets are not learned, so they
+    cannot collapse.
 
     >>> one_hot = torch.eye(2).view(2, 1, 2)
     >>> yes = torch.ones(2, 1, dtype=torch.bool)
-    >>> window_infonce_loss(one_hot, one_hot, yes, torch.tensor([[1], [2]]), 1.0)  # log(1 + 1/e)
+    >>> doc = torch.tensor([[1], [2]])
+    >>> window_infonce_loss(one_hot, one_hot, yes, doc, doc, 1.0)  # log(1 + 1/e)
     tensor(0.3133)
     """
     n_chunks, _, d = guess.shape
-    shortest = 0.1 * d**0.5  # a tenth of an activation. An empty guess has no direction
+    # A tenth of an activation's norm. What is shorter is divided by this and not by its own norm,
+    # for the gradient of a cosine has no bound near zero.
+    shortest = 0.1 * d**0.5
     guess = F.normalize(guess, dim=2, eps=shortest).transpose(0, 1)  # (T, N, d)
     target = F.normalize(target, dim=2, eps=shortest).transpose(0, 1)
     with torch.autocast(guess.device.type, enabled=False):  # bfloat16 is too coarse for logits
-        logits = guess @ target.transpose(1, 2) / temperature  # (T, N, N)
-    doc, enough = doc.t(), enough.t()
+        logits = guess @ target.transpose(1, 2) / temperature  # (T, N of guesses, N of targets)
+    enough, owner, doc = enough.t(), owner.t(), doc.t()
     own = torch.eye(n_chunks, dtype=torch.bool, device=guess.device)
-    others = enough[:, None, :] & (doc[:, :, None] != doc[:, None, :])
-    log_p = logits.masked_fill(~(own | others), -torch.inf).log_softmax(2)
+    # With the control other_docs neither the token's document nor that of its target is a negative.
+    negative = enough[:, None, :] & (owner[:, None, :] != doc[:, :, None])
+    negative &= owner[:, None, :] != owner[:, :, None]
+    log_p = logits.masked_fill(~(own | negative), -torch.inf).log_softmax(2)
     return -(log_p.diagonal(dim1=1, dim2=2) * enough).sum() / enough.sum().clamp(min=1)
 
 
@@ -558,7 +569,7 @@ def infonce_loss(codes, doc, temperature, cosine=True):
 # another shape: a name in TEMP_LOSSES and a branch of Trainer.temporal_loss.
 PAIR_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss,
                "selective": selective_loss}
-WINDOW_LOSSES = ("window_infonce", "window_mean")  # of the window's mean; the others are of codes
+WINDOW_LOSSES = ("window_infonce", "window_mean")  # on the window's mean; the others compare codes
 TEMP_LOSSES = (*WINDOW_LOSSES, "infonce", "infonce_dot", *PAIR_LOSSES)
 
 
@@ -728,13 +739,13 @@ class Trainer:
             lead = codes.leading(cfg.n_lead, doc.numel())
             W_lead = sae.W_dec[: cfg.n_lead]
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
-                target, enough = window_mean_target(x, doc, cfg, step)
+                target, enough, owner = window_mean_target(x, doc, cfg, step)
             if cfg.temp_loss == "window_mean":
                 guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
             guess = lead.decode(W_lead).float().view_as(x)
             target = target - sae.b_dec.detach()
-            return window_infonce_loss(guess, target, enough, doc, cfg.temperature)
+            return window_infonce_loss(guess, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.leading(cfg.n_lead, doc.numel()).dense().float()

@@ -60,6 +60,9 @@ labels = {  # run directory under runs/study -> label, in the order drawn
 LADDER = ("run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6")
 PAIR = ("run_0", "run_6")
 TRIO = ("run_0", "tsae_tuned", "run_6")
+# The same loss with other weights in whole runs, from study.csv: one curve in frontier.png.
+WEIGHTS = {"run_6": ("whole_a0.003", "run_7", "whole_a0.1"),
+           "run_8": ("whole_mean_a0.5", "whole_mean_a1")}
 # Runs of four times the budget, of which only study.csv tells: which run of the study each is like.
 LONG = {"long_base": "run_0", "long_ours": "run_6", "long_mean": "run_8", "long_tsae": "tsae_tuned"}
 LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
@@ -481,22 +484,24 @@ def frontier(records):
     same = ("k", "model", "layer", "dataset")
     full = [run for run in full if all(run.config.get(key) == reference.get(key) for key in same)]
     full = near_the_best(full)
-    points = [(run.label, run.colour, run.marker, "none", [run]) for run in full]
-    panels = [("Whole runs", points)]
+    table = [] if records.chosen else records.table
+    points = with_other_weights(full, table)
+    panels = [("Whole runs; numbers: weight", points)]
     grid = []
     if not records.chosen:
         grid = near_the_best([run for run in records.grid if on_frontier(run)])
     if len(grid) > 1:
         panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
-    drawn = {run.name: run for run in full}
-    long = [run for run in records.table if LONG.get(run.name) in drawn and not records.chosen]
+    named = {run.name: run for run in full}
+    long = [run for run in table if LONG.get(run.name) in named]
     if long:
-        like = [drawn[LONG[run.name]] for run in long]
+        like = [named[LONG[run.name]] for run in long]
         panels.append(("Runs of four times the budget", [
             (one.label, one.colour, one.marker, "none", [run]) for one, run in zip(like, long)]))
     height = 0.5 + 3.4 * len(panels)
     figure, axes = plt.subplots(len(panels), 2, figsize=(9, height), squeeze=False, sharey="row")
-    errors = errors_over([len(run.scores["l0"]) for run in grid + full + long])
+    drawn = [run for _, curves in panels for *_, runs in curves for run in runs]
+    errors = errors_over([len(run.scores["l0"]) for run in drawn])
     heading(figure, "What it costs", f"{errors}; hollow: L0 over 1 % off")
     for row, (title, curves) in zip(axes, panels):
         for ax, metric in zip(row, FRONTIER):
@@ -510,6 +515,23 @@ def frontier(records):
 def on_frontier(run):
     """Whether a run has what frontier.png draws."""
     return {"explained_variance", "l0", *FRONTIER} <= run.scores.keys()
+
+
+def with_other_weights(full, table):
+    """A curve for each run, as in by_loss: of the run itself, or of its loss at several weights."""
+    rows = {run.name: run for run in table if on_frontier(run)}
+    others_of = {run.name: [rows[name] for name in WEIGHTS.get(run.name, ()) if name in rows]
+                 for run in full}
+    in_a_curve = {run.name for others in others_of.values() for run in others}
+    curves = []
+    for run in full:
+        if run.name in in_a_curve:
+            continue
+        others = others_of[run.name]
+        runs = sorted([run, *others], key=lambda run: run.config["temp_alpha"])
+        line = "-" if others else "none"
+        curves.append((run.label, run.colour, run.marker, line, runs))
+    return curves
 
 
 def near_the_best(runs):

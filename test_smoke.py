@@ -449,18 +449,31 @@ def test_the_window_infonce_equals_a_loop_and_takes_negatives_of_other_documents
     guess = x + torch.randn(x.shape, generator=generator)
     guess[0, :3] *= 1e-3  # shorter than what counts as a direction
     target, enough = experiment.window_mean(x, doc, 4)
-    value = experiment.window_infonce_loss(guess, target, enough, doc, 0.3).item()
+    value = experiment.window_infonce_loss(guess, target, enough, doc, doc, 0.3).item()
     close(value, window_infonce_by_hand(guess, target, enough, doc, 0.3))
     guess = torch.where(enough[..., None], guess, 1e3)  # what stands where there is no target
     target = torch.where(enough[..., None], target, -1e3)
-    close(experiment.window_infonce_loss(guess, target, enough, doc, 0.3).item(), value)
+    close(experiment.window_infonce_loss(guess, target, enough, doc, doc, 0.3).item(), value)
+
+
+def test_what_the_window_infonce_compares_a_token_with():
+    """Its target, and those of others; none of its own document when the targets are swapped."""
+    generator = torch.Generator().manual_seed(0)
+    doc = torch.arange(1, 6)[:, None].expand(5, 3)
+    target = torch.randn(5, 3, 8, generator=generator, requires_grad=True)
+    for owner, expected in ((doc, [1, 1, 1, 1, 1]), (doc.roll(1, 0), [1, 0, 1, 1, 1])):
+        guess = torch.zeros(5, 3, 8)
+        guess[0] = torch.randn(3, 8, generator=generator)  # the others compare nothing
+        loss = experiment.window_infonce_loss(guess, target, doc > 0, owner, doc, 1.0)
+        (grad,) = torch.autograd.grad(loss, target)
+        assert (grad.abs().amax((1, 2)) > 0).tolist() == expected
 
 
 def test_no_gradient_of_the_window_infonce_is_large_where_no_latent_is_on():
     guess = torch.zeros(4, 3, 64, requires_grad=True)
     target = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
     doc = torch.arange(1, 5)[:, None].expand(4, 3)
-    loss = experiment.window_infonce_loss(guess, target, doc > 0, doc, 1.0)
+    loss = experiment.window_infonce_loss(guess, target, doc > 0, doc, doc, 1.0)
     (grad,) = torch.autograd.grad(loss, guess)
     assert 0 < grad.norm() < 1
 
@@ -469,19 +482,21 @@ def test_controls_break_the_order_and_nothing_else(quick, chunks):
     """other_docs: a target of another chunk. permuted: random other tokens of the document."""
     _, x, doc = chunks
     plain, plain_enough = experiment.window_mean(x, doc, 4)
-    target, enough = experiment.window_mean_target(x, doc, config(quick, control="other_docs"), 0)
-    assert torch.equal(target, plain.roll(1, 0))
+    cfg = config(quick, control="other_docs")
+    target, enough, owner = experiment.window_mean_target(x, doc, cfg, 0)
+    assert torch.equal(target, plain.roll(1, 0)) and torch.equal(owner, doc.roll(1, 0))
     assert torch.equal(enough, plain_enough & plain_enough.roll(1, 0))
-    owner = doc[..., None].float()  # every token says which document it is of
+    number = doc[..., None].float()  # every token says which document it is of
     cfg = config(quick, control="permuted", window=8)
-    target, enough = experiment.window_mean_target(owner, doc, cfg, 0)
-    assert torch.allclose(target[enough], owner[enough]), "documents are mixed"
+    target, enough, owner = experiment.window_mean_target(number, doc, cfg, 0)
+    assert torch.allclose(target[enough], number[enough]), "documents are mixed"
+    assert torch.equal(owner, doc)
     found = [experiment.window_mean_target(x, doc, cfg, step)[0] for step in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     plain = experiment.window_mean(x, doc, 8)[0]
     assert torch.allclose(found[0][8].sum(0), plain[8].sum(0), atol=1e-5)  # each token once
     every = torch.eye(doc.shape[1]).expand(*doc.shape, -1)  # each token is a direction of its own
-    target, _ = experiment.window_mean_target(every, doc, cfg, 0)
+    target, *_ = experiment.window_mean_target(every, doc, cfg, 0)
     assert target.sum() > 0 and not target.diagonal(dim1=1, dim2=2).any(), "a token in its target"
 
 
@@ -554,6 +569,7 @@ def test_the_sparse_step_has_the_gradients_of_the_dense_one(quick, name):
 @pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
 def test_each_term_of_the_loss_equals_its_formula(quick, loss):
     trainer, x, doc, n_valid = a_trainer(quick, temp_loss=loss, temperature=0.3)
+    trainer.sae.b_dec.data.normal_(generator=torch.Generator().manual_seed(0))
     before = copy.deepcopy(trainer.sae).requires_grad_(False)
     terms = trainer.step(x, doc, n_valid, 7)
     ok = doc.flatten() > 0
@@ -581,6 +597,18 @@ def test_each_term_of_the_loss_equals_its_formula(quick, loss):
     close(terms["loss"].item(), (total + terms["auxk"] / 32).item())
     along = (trainer.sae.W_dec.grad * before.W_dec).sum(1)
     assert along.abs().max() < 1e-6, "a decoder row's length is no direction to go"
+
+
+@pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
+def test_a_step_of_coarse_products_has_about_the_same_temporal_loss(quick, loss):
+    """As on a GPU: dense codes, products in bfloat16."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        trainer, *batch = a_trainer(quick, temp_loss=loss, matmul_dtype=dtype)
+        trainer.encode_batch = experiment.encode_dense
+        found.append(trainer.step(*batch, 7)["temporal"])
+    assert found[1].dtype == torch.float32
+    close(found[1].item(), found[0].item(), rel=0.01)
 
 
 def test_a_loss_of_another_shape_is_refused(quick, monkeypatch):
@@ -2159,6 +2187,7 @@ BAD_SETTINGS = {
     "unknown sparsity": ({"sparsity": "relu"}, "batchtopk"),
     "l1 with gelu": ({"sparsity": "l1", "nonlinearity": "gelu"}, "relu"),
     "unknown loss": ({"temp_loss": "magic"}, "window_mean"),
+    "three chunks": ({"batch_size": 24}, "window_infonce"),
     "control of another loss": ({"control": "permuted", "temp_loss": "sqdiff"}, "--control"),
     "unknown device": ({"device": "abacus"}, "--device"),
     "cuda that is not there": ({"device": "cuda"}, "CUDA"),

@@ -37,6 +37,7 @@ MEAN = "--temp_loss window_mean --temporal_fraction 0.05"
 LEAD = "--temporal_fraction 0.2"
 COSINES = f"{LEAD} --temp_loss infonce --temperature 1"
 PRODUCTS = f"{LEAD} --temp_loss infonce_dot --temperature 1"
+TUNED = f"{PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15"
 GEMMA = ("--model gemma-3-270m --layer 12 --harvest_tokens 262144 --train_tokens 1500000 "
          "--reconstruction_rows 16")
 STUDY = {
@@ -45,7 +46,7 @@ STUDY = {
     "run_6": "--n_seeds 5",
     # A stronger point of the same frontier
     "run_7": "--temp_alpha 0.03 --n_seeds 3",
-    # The same target predicted with a squared error, the default of the study before
+    # The same target predicted with a squared error, the default before
     "run_8": f"{MEAN} --temp_alpha 0.2 --n_seeds 5",
     # The ladder of the first notebook, each rung on top of the one before; 5 takes LayerNorm out
     "run_1": f"{SQDIFF} --temp_alpha 1e-3 --grad_clip 0 --schedule constant --warmup_steps 0",
@@ -60,7 +61,7 @@ STUDY = {
     "tsae_published": f"{COSINES} --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     "tsae_released": f"{PRODUCTS} --temp_alpha 0.25 --matryoshka_alpha 0.25 --n_seeds 3",
     # Tuned: of sweep_*, the best token_topic_5 + document_id within .01 of explained variance
-    "tsae_tuned": f"{PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15 --n_seeds 3",
+    "tsae_tuned": f"{TUNED} --n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
     "k16_ours": "--k 16 --n_seeds 3",
@@ -131,7 +132,7 @@ GRID["long_base"] = f"{LONG} --temp_alpha 0"
 GRID["long_ours"] = LONG
 GRID["long_mean"] = f"{LONG} {MEAN} --temp_alpha 0.2"
 GRID["long_mean_a0.5"] = f"{LONG} {MEAN} --temp_alpha 0.5"
-GRID["long_tsae"] = f"{LONG} {PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15"
+GRID["long_tsae"] = f"{LONG} {TUNED}"
 
 ALL = STUDY | GRID
 
