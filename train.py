@@ -81,12 +81,12 @@ SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3",
         "control_other_docs": f"{SHORT} --control other_docs --n_seeds 3",
         "control_permuted": f"{SHORT} --control permuted --n_seeds 3"}
-for alpha in (0.003, 0.01, 0.03):
-    for window in (2, 4, 8, 16, 32):
-        GRID[f"grid_w{window}_a{alpha}"] = f"{SHORT} --window {window} --temp_alpha {alpha}"
-    for fraction in (0.01, 0.05, 0.2):
-        flags = f"{SHORT} --temporal_fraction {fraction} --temp_alpha {alpha}"
-        GRID[f"grid_f{fraction}_a{alpha}"] = flags
+for window in (2, 4, 8, 16, 32):
+    GRID[f"grid_w{window}_a0.01"] = f"{SHORT} --window {window}"
+for fraction in (0.01, 0.05, 0.1, 0.2):
+    GRID[f"grid_f{fraction}_a0.01"] = f"{SHORT} --temporal_fraction {fraction}"
+for alpha in (0.003, 0.03):
+    GRID[f"grid_w16_a{alpha}"] = f"{SHORT} --temp_alpha {alpha}"
 for alpha in (0.05, 0.2, 1):
     GRID[f"grid_mean_a{alpha}"] = f"{SHORT} {MEAN} --temp_alpha {alpha} --n_seeds 3"
 OTHER_LOSSES = {"sqdiff": (1e-4, 1e-3, 1e-2), "variance": (0.01, 0.03, 0.1),
@@ -113,13 +113,9 @@ for loss, alpha, matryoshka in (
     flags = f"--temp_loss {loss} --temp_alpha {alpha} --matryoshka_alpha {matryoshka}"
     GRID[f"sweep_{loss}_a{alpha}_m{matryoshka}"] = f"{LEAD} {flags} --temperature 1"
 
-# Whole runs of ours: weights, leading shares, temperatures, and what the controls do
+# Whole runs: other weights of ours and of the squared error, and what the controls do
 for alpha in (0.003, 0.1):
     GRID[f"whole_a{alpha}"] = f"--temp_alpha {alpha}"
-for fraction in (0.01, 0.05, 0.1):
-    GRID[f"whole_f{fraction}"] = f"--temporal_fraction {fraction}"
-for temperature in (0.05, 0.2):
-    GRID[f"whole_t{temperature}"] = f"--temperature {temperature}"
 GRID["whole_permuted"] = "--control permuted --n_seeds 3"
 GRID["whole_other_docs"] = "--control other_docs"
 for alpha in (0.5, 1):
