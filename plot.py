@@ -53,6 +53,7 @@ labels = {  # run directory under runs/study -> label, in the order drawn
     "matryoshka": "Matryoshka",
     "gemma_base": "Gemma 3: baseline",
     "gemma_ours": "Gemma 3: temporal (ours)",
+    "gemma_strong": "Gemma 3: temporal, weight .03",
     "gemma_tsae": "Gemma 3: T-SAE (cosines)",
     "gemma_tsae_dot": "Gemma 3: T-SAE (inner products)",
 }

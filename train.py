@@ -71,6 +71,7 @@ STUDY = {
     # cosines with the weight 1000 (a good one in short runs) and tsae_tuned
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
+    "gemma_strong": f"{GEMMA} --temp_alpha 0.03 --n_seeds 3",
     "gemma_tsae": f"{GEMMA} {COSINES} --temp_alpha 3.2e6 --matryoshka_alpha 0.25 --n_seeds 3",
     "gemma_tsae_dot": f"{GEMMA} {LEAD} --temp_loss infonce_dot --temp_alpha 1600 "
                       "--temperature 3200 --matryoshka_alpha 0.15 --n_seeds 3",
