@@ -461,7 +461,9 @@ def test_what_the_window_infonce_compares_a_token_with():
     generator = torch.Generator().manual_seed(0)
     doc = torch.arange(1, 6)[:, None].expand(5, 3)
     target = torch.randn(5, 3, 8, generator=generator, requires_grad=True)
-    for owner, expected in ((doc, [1, 1, 1, 1, 1]), (doc.roll(1, 0), [1, 0, 1, 1, 1])):
+    twice = torch.tensor([9, 7, 8, 9, 6])[:, None].expand(5, 3)  # two chunks' targets of one document
+    for owner, expected in ((doc, [1, 1, 1, 1, 1]), (doc.roll(1, 0), [1, 0, 1, 1, 1]),
+                            (twice, [1, 1, 1, 0, 1])):
         guess = torch.zeros(5, 3, 8)
         guess[0] = torch.randn(3, 8, generator=generator)  # the others compare nothing
         loss = experiment.window_infonce_loss(guess, target, doc > 0, owner, doc, 1.0)
@@ -597,6 +599,26 @@ def test_each_term_of_the_loss_equals_its_formula(quick, loss):
     close(terms["loss"].item(), (total + terms["auxk"] / 32).item())
     along = (trainer.sae.W_dec.grad * before.W_dec).sum(1)
     assert along.abs().max() < 1e-6, "a decoder row's length is no direction to go"
+
+
+def test_the_window_infonce_moves_neither_its_targets_nor_the_gain(quick):
+    """What it adds to b_dec's gradient comes through the codes alone."""
+    grads = []
+    for alpha in (0, 0.5):
+        trainer, *batch = a_trainer(quick, temp_loss="window_infonce", temp_alpha=alpha)
+        trainer.step(*batch, 7)
+        assert trainer.gain.grad is None
+        grads.append(trainer.sae.b_dec.grad)
+    trainer, x, doc, n_valid = a_trainer(quick, temp_loss="window_infonce")
+    sae = trainer.sae
+    codes = experiment.encode_dense(sae, x, doc.flatten() > 0, n_valid).dense()[:128, :150]
+    target, enough = experiment.window_mean(x[:128].view(16, 8, 64), doc[:16], 3)
+    guess = (codes @ sae.W_dec[:150]).view(16, 8, 64)
+    target = target - sae.b_dec.detach()
+    loss = experiment.window_infonce_loss(guess, target, enough, doc[:16], doc[:16], 0.1)
+    (expected,) = torch.autograd.grad(loss, sae.b_dec)
+    assert expected.norm() > 0
+    assert torch.allclose((grads[1] - grads[0]) / 0.5, expected, atol=1e-6 + 1e-4 * expected.norm())
 
 
 @pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
