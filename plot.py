@@ -68,10 +68,10 @@ WEIGHTS = {"run_6": ("whole_a0.003", "run_7", "whole_a0.1"),
 LONG = {"long_base": "run_0", "long_ours": "run_6", "long_mean": "run_8", "long_tsae": "tsae_tuned"}
 LOSSES = {  # temp_loss -> label, colour, marker, line style; the default first
     "window_infonce": ("window mean, InfoNCE (ours)", "#D55E00", "D", "-"),
-    "window_mean": ("window mean, squared error", "#882255", "d", "-"),
+    "window_mean": ("window mean, squared error", "#0072B2", "P", "-"),
     "selective": ("selective", "#117733", ">", (0, (3, 1))),
     "infonce": ("InfoNCE (T-SAE)", "#56B4E9", "s", "--"),
-    "infonce_dot": ("InfoNCE, inner products", "#0072B2", "P", "--"),
+    "infonce_dot": ("InfoNCE, inner products", "#882255", "d", "--"),
     "sqdiff": ("squared difference", "#332288", "o", "-."),
     "autocorr": ("autocorrelation", "#E69F00", "^", ":"),
     "variance": ("window variance", "#AA4499", "v", (0, (5, 1, 1, 1))),
