@@ -619,7 +619,8 @@ def ablation(records):
     figure, axes = plt.subplots(len(rows), len(slices), squeeze=False,
                                 figsize=(9, 1 + len(rows) * (0.6 + 0.34 * tallest)))
     seeds = min(len(run.scores["explained_variance"]) for run in drawn)
-    heading(figure, "Gain over weight 0 in short runs", f"mean of {seeds} paired seeds")
+    over = f"mean of {seeds} paired seeds" if seeds > 1 else "one seed"
+    heading(figure, "Gain over weight 0 in short runs", over)
     for line, (metric, base_metric, title, digits) in zip(axes, rows):
         tables = [{place: paired(run.scores[metric], base.scores[base_metric]).mean()
                    for place, run in cells.items()} for _, _, cells in slices]
