@@ -430,31 +430,35 @@ def window_mean_loss(guess, target, enough, b_dec):
     return (error * enough).sum() / (spread * enough).sum().clamp(min=1e-8)
 
 
-def window_infonce_loss(guess, target, enough, owner, doc, temperature):
-    """InfoNCE: a token's guess must pick out its own target among those of other documents.
+def window_infonce_loss(lead, W_lead, target, enough, owner, doc, temperature):
+    """InfoNCE: what a token's leading latents add must pick out its target among other documents'.
 
-    guess and target (N, T, d), of activations with a mean square of 1 a dimension; enough (N, T):
-    which tokens have a target; owner (N, T): of which document it is; doc (N, T). Negatives are the
-    targets at the same place of the other chunks; all are compared by cosines. Contrastive
-    predictive coding (van den Oord et al. 2018), except that the targets are not learned, so they
-    cannot collapse.
+    lead (N, T, F) codes, W_lead (F, d) their decoder rows; target (N, T, d), for activations with a
+    mean square of 1 a dimension; enough (N, T): which tokens have a target; owner (N, T): of which
+    document it is; doc (N, T). The guess lead @ W_lead is compared by cosines with the targets at
+    the same place of all chunks; those of other documents are the negatives. Contrastive predictive
+    coding (van den Oord et al. 2018), except that the targets are not learned, so they cannot
+    collapse.
 
-    >>> one_hot = torch.eye(2).view(2, 1, 2)
+    >>> lead = target = torch.eye(2).view(2, 1, 2)
     >>> yes = torch.ones(2, 1, dtype=torch.bool)
     >>> doc = torch.tensor([[1], [2]])
-    >>> window_infonce_loss(one_hot, one_hot, yes, doc, doc, 1.0)  # log(1 + 1/e)
+    >>> window_infonce_loss(lead, torch.eye(2), target, yes, doc, doc, 1.0)  # log(1 + 1/e)
     tensor(0.3133)
     """
-    n_chunks, _, d = guess.shape
+    n_chunks, _, d = target.shape
     # A tenth of an activation's norm. What is shorter is divided by this and not by its own norm,
     # for the gradient of a cosine has no bound near zero.
     shortest = 0.1 * d**0.5
-    guess = F.normalize(guess, dim=2, eps=shortest).transpose(0, 1)  # (T, N, d)
-    target = F.normalize(target, dim=2, eps=shortest).transpose(0, 1)
-    with torch.autocast(guess.device.type, enabled=False):  # bfloat16 is too coarse for logits
-        logits = guess @ target.transpose(1, 2) / temperature  # (T, N of guesses, N of targets)
+    # The guess itself, d numbers a token, is never formed; F numbers a token do:
+    # guess . target = lead . (W_lead @ target), |guess|^2 = lead . (W_lead @ W_lead^T) . lead
+    with torch.autocast(lead.device.type, enabled=False):  # bfloat16 is too coarse for logits
+        along = target @ W_lead.t() / target.norm(dim=2, keepdim=True).clamp(min=shortest)
+        norm = ((lead @ (W_lead @ W_lead.t())) * lead).sum(2).clamp(min=shortest**2).sqrt()
+        dot = lead.transpose(0, 1) @ along.permute(1, 2, 0)  # (T, N of leads, N of targets)
+    logits = dot / (temperature * norm.t()[..., None])
     enough, owner, doc = enough.t(), owner.t(), doc.t()
-    own = torch.eye(n_chunks, dtype=torch.bool, device=guess.device)
+    own = torch.eye(n_chunks, dtype=torch.bool, device=target.device)
     # With the control other_docs neither the token's document nor that of its target is a negative.
     negative = enough[:, None, :] & (owner[:, None, :] != doc[:, :, None])
     negative &= owner[:, None, :] != owner[:, :, None]
@@ -605,13 +609,13 @@ class DenseCodes:
         """W_dec (n_latents, d_in) -> (B, d_in)."""
         return self.acts @ W_dec
 
-    def leading(self, n_latents, n_tokens=None):
-        """The codes of the first n_latents latents at the first n_tokens tokens."""
-        return DenseCodes(self.acts[:n_tokens, :n_latents])
+    def dense(self, n_latents=None, n_tokens=None):
+        """The codes of the first n_latents latents at the first n_tokens tokens, as a matrix."""
+        return self.acts[:n_tokens, :n_latents]
 
-    def dense(self):
-        """(B, n_latents)."""
-        return self.acts
+    def leading(self, n_latents, n_tokens=None):
+        """The same part of the codes, to decode."""
+        return DenseCodes(self.acts[:n_tokens, :n_latents])
 
     def fired(self):
         """(n_latents,) 1 for each latent that is active at some token, else 0."""
@@ -736,26 +740,29 @@ class Trainer:
         if cfg.temp_loss in WINDOW_LOSSES:
             doc = doc[: max(1, len(doc) // WINDOW_SHARE)]
             x = x[: doc.numel()].view(*doc.shape, -1)
-            lead = codes.leading(cfg.n_lead, doc.numel())
             W_lead = sae.W_dec[: cfg.n_lead]
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
                 target, enough, owner = window_mean_target(x, doc, cfg, step)
             if cfg.temp_loss == "window_mean":
+                lead = codes.leading(cfg.n_lead, doc.numel())
                 guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
-            guess = lead.decode(W_lead).float().view_as(x)
+            z = codes.dense(cfg.n_lead, doc.numel()).float().view(*doc.shape, -1)
+            # Neighbours have nearly the same target, so every second token is asked.
+            z, target, enough, owner, doc = (
+                part[:, ::2] for part in (z, target, enough, owner, doc))
             target = target - sae.b_dec.detach()
-            return window_infonce_loss(guess, target, enough, owner, doc, cfg.temperature)
+            return window_infonce_loss(z, W_lead, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
-            z = codes.leading(cfg.n_lead, doc.numel()).dense().float()
+            z = codes.dense(cfg.n_lead, doc.numel()).float()
             return PAIR_LOSSES[cfg.temp_loss](z.view(*doc.shape, -1), doc, cfg.window)
         if cfg.temp_loss not in ("infonce", "infonce_dot"):
             raise ValueError(f"Trainer.temporal_loss has no branch for --temp_loss {cfg.temp_loss}")
         # Codes in raw units, so that weight and temperature mean what they do in the paper. The
         # reconstruction error is a share of the variance, so this is divided by the raw variance.
         # All chunks: infonce_loss itself takes every fourth pair.
-        z = codes.leading(cfg.n_lead).dense().float() / self.stats.scale
+        z = codes.dense(cfg.n_lead).float() / self.stats.scale
         raw_variance = self.stats.variance / self.stats.scale**2
         cosine = cfg.temp_loss == "infonce"
         z = z.view(*doc.shape, -1)
@@ -1732,17 +1739,22 @@ class SparseCodes:
     def decode(self, W_dec):
         return SparseDecode.apply(self.acts, W_dec, self.pairs)
 
-    def leading(self, n_latents, n_tokens=None):
+    def first(self, n_latents, n_tokens):
+        """Codes, tokens and latents of the pairs of the first latents and tokens; None: of all."""
         n_tokens = self.shape[0] if n_tokens is None else n_tokens
-        p = self.pairs
-        end = p.token_start[n_tokens]  # pairs are in token order
-        keep = (p.latent[:end] < n_latents).nonzero()[:, 0]
-        pairs = make_pairs(p.token[keep], p.latent[keep], n_tokens, n_latents)
-        return SparseCodes(self.acts[keep], pairs)
+        n_latents = self.shape[1] if n_latents is None else n_latents
+        end = self.pairs.token_start[n_tokens]  # pairs are in token order
+        keep = (self.pairs.latent[:end] < n_latents).nonzero()[:, 0]
+        size = (n_tokens, n_latents)
+        return self.acts[keep], self.pairs.token[keep], self.pairs.latent[keep], size
 
-    def dense(self):
-        where = (self.pairs.token, self.pairs.latent)
-        return self.acts.new_zeros(self.shape).index_put(where, self.acts)
+    def leading(self, n_latents, n_tokens=None):
+        acts, token, latent, size = self.first(n_latents, n_tokens)
+        return SparseCodes(acts, make_pairs(token, latent, *size))
+
+    def dense(self, n_latents=None, n_tokens=None):
+        acts, token, latent, size = self.first(n_latents, n_tokens)
+        return acts.new_zeros(size).index_put((token, latent), acts)
 
     def fired(self):
         return torch.zeros(self.shape[1]).index_fill_(0, self.pairs.latent[self.acts > 0], 1.0)

@@ -444,16 +444,17 @@ def window_infonce_by_hand(guess, target, enough, doc, temperature):
 
 
 def test_the_window_infonce_equals_a_loop_and_takes_negatives_of_other_documents(chunks):
-    codes, x, doc = chunks
-    generator = torch.Generator().manual_seed(1)
-    guess = x + torch.randn(x.shape, generator=generator)
-    guess[0, :3] *= 1e-3  # shorter than what counts as a direction
+    lead, x, doc = chunks
+    lead = lead.clone()
+    lead[0, :3] *= 1e-3  # what they add is shorter than what counts as a direction
+    W_lead = torch.randn(lead.shape[2], x.shape[2], generator=torch.Generator().manual_seed(1))
     target, enough = experiment.window_mean(x, doc, 4)
-    value = experiment.window_infonce_loss(guess, target, enough, doc, doc, 0.3).item()
-    close(value, window_infonce_by_hand(guess, target, enough, doc, 0.3))
-    guess = torch.where(enough[..., None], guess, 1e3)  # what stands where there is no target
+    value = experiment.window_infonce_loss(lead, W_lead, target, enough, doc, doc, 0.3).item()
+    close(value, window_infonce_by_hand(lead @ W_lead, target, enough, doc, 0.3))
+    lead = torch.where(enough[..., None], lead, 1e3)  # what stands where there is no target
     target = torch.where(enough[..., None], target, -1e3)
-    close(experiment.window_infonce_loss(guess, target, enough, doc, doc, 0.3).item(), value)
+    found = experiment.window_infonce_loss(lead, W_lead, target, enough, doc, doc, 0.3).item()
+    close(found, value)
 
 
 def test_what_the_window_infonce_compares_a_token_with():
@@ -464,19 +465,19 @@ def test_what_the_window_infonce_compares_a_token_with():
     twice = torch.tensor([9, 7, 8, 9, 6])[:, None].expand(5, 3)  # two chunks' targets of one document
     for owner, expected in ((doc, [1, 1, 1, 1, 1]), (doc.roll(1, 0), [1, 0, 1, 1, 1]),
                             (twice, [1, 1, 1, 0, 1])):
-        guess = torch.zeros(5, 3, 8)
-        guess[0] = torch.randn(3, 8, generator=generator)  # the others compare nothing
-        loss = experiment.window_infonce_loss(guess, target, doc > 0, owner, doc, 1.0)
+        lead = torch.zeros(5, 3, 8)
+        lead[0] = torch.rand(3, 8, generator=generator)  # the others compare nothing
+        loss = experiment.window_infonce_loss(lead, torch.eye(8), target, doc > 0, owner, doc, 1.0)
         (grad,) = torch.autograd.grad(loss, target)
         assert (grad.abs().amax((1, 2)) > 0).tolist() == expected
 
 
 def test_no_gradient_of_the_window_infonce_is_large_where_no_latent_is_on():
-    guess = torch.zeros(4, 3, 64, requires_grad=True)
+    lead = torch.zeros(4, 3, 64, requires_grad=True)
     target = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
     doc = torch.arange(1, 5)[:, None].expand(4, 3)
-    loss = experiment.window_infonce_loss(guess, target, doc > 0, doc, doc, 1.0)
-    (grad,) = torch.autograd.grad(loss, guess)
+    loss = experiment.window_infonce_loss(lead, torch.eye(64), target, doc > 0, doc, doc, 1.0)
+    (grad,) = torch.autograd.grad(loss, lead)
     assert 0 < grad.norm() < 1
 
 
@@ -589,7 +590,8 @@ def test_each_term_of_the_loss_equals_its_formula(quick, loss):
     else:
         enough = torch.from_numpy(np.isfinite(mean[..., 0]))
         target = torch.from_numpy(np.nan_to_num(mean))
-        expected = window_infonce_by_hand(guess, target, enough, doc[:16], 0.3)
+        every_second = (part[:, ::2] for part in (guess, target, enough, doc[:16]))
+        expected = window_infonce_by_hand(*every_second, 0.3)
     close(terms["temporal"].item(), expected)
     dead = torch.arange(5, 300, 31)  # AuxK: on a quarter, dead latents explain what is left
     aux = torch.relu((x[:64] - before.b_dec) @ before.W_enc[:, dead] + before.b_enc[dead])
@@ -613,12 +615,21 @@ def test_the_window_infonce_moves_neither_its_targets_nor_the_gain(quick):
     sae = trainer.sae
     codes = experiment.encode_dense(sae, x, doc.flatten() > 0, n_valid).dense()[:128, :150]
     target, enough = experiment.window_mean(x[:128].view(16, 8, 64), doc[:16], 3)
-    guess = (codes @ sae.W_dec[:150]).view(16, 8, 64)
-    target = target - sae.b_dec.detach()
-    loss = experiment.window_infonce_loss(guess, target, enough, doc[:16], doc[:16], 0.1)
+    target, W_lead = target - sae.b_dec.detach(), sae.W_dec[:150]
+    lead, target, enough, doc = (
+        part[:, ::2] for part in (codes.view(16, 8, 150), target, enough, doc[:16]))
+    loss = experiment.window_infonce_loss(lead, W_lead, target, enough, doc, doc, 0.1)
     (expected,) = torch.autograd.grad(loss, sae.b_dec)
     assert expected.norm() > 0
     assert torch.allclose((grads[1] - grads[0]) / 0.5, expected, atol=1e-6 + 1e-4 * expected.norm())
+
+
+@pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
+def test_steps_teach_the_leading_latents_their_target(quick, loss):
+    trainer, *batch = a_trainer(quick, temp_loss=loss, temp_alpha=20, window=8,
+                                temporal_fraction=1)
+    values = [trainer.step(*batch, step)["temporal"].item() for step in range(60)]
+    assert values[-1] < values[0] / 2
 
 
 @pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
@@ -1089,7 +1100,7 @@ def test_a_run_leaves_what_it_promises_and_learns(base, work):
     assert [line["step"] for line in log] == [*range(0, 40, 5), 39]
     terms = {"loss", "recon", "temporal", "lr", "l0", "dead", "grad_norm"}
     assert all(terms <= line.keys() and all(map(math.isfinite, line.values())) for line in log)
-    assert log[-1]["recon"] < 0.8 * log[0]["recon"] and log[-1]["temporal"] < log[0]["temporal"]
+    assert log[-1]["recon"] < 0.8 * log[0]["recon"]
     close([log[-1]["l0"], means(base)["l0"]], [4, 4], rel=0.1)
     assert means(base)["explained_variance"] > 0.2
 

@@ -82,12 +82,13 @@ SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3",
         "control_other_docs": f"{SHORT} --control other_docs --n_seeds 3",
         "control_permuted": f"{SHORT} --control permuted --n_seeds 3"}
-for window in (2, 4, 8, 16, 32):
-    GRID[f"grid_w{window}_a0.01"] = f"{SHORT} --window {window}"
-for fraction in (0.01, 0.05, 0.1, 0.2):
-    GRID[f"grid_f{fraction}_a0.01"] = f"{SHORT} --temporal_fraction {fraction}"
-for alpha in (0.003, 0.03):
-    GRID[f"grid_w16_a{alpha}"] = f"{SHORT} --temp_alpha {alpha}"
+for alpha in (0.003, 0.01, 0.03):
+    for window in (2, 4, 8, 16, 32):
+        flags = f"{SHORT} --window {window} --temp_alpha {alpha}"
+        GRID[f"grid_w{window}_a{alpha}"] = flags
+    for fraction in (0.01, 0.05, 0.1, 0.2):
+        flags = f"{SHORT} --temporal_fraction {fraction} --temp_alpha {alpha}"
+        GRID[f"grid_f{fraction}_a{alpha}"] = flags
 for alpha in (0.05, 0.2, 1):
     GRID[f"grid_mean_a{alpha}"] = f"{SHORT} {MEAN} --temp_alpha {alpha} --n_seeds 3"
 OTHER_LOSSES = {"sqdiff": (1e-4, 1e-3, 1e-2), "variance": (0.01, 0.03, 0.1),
