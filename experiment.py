@@ -458,12 +458,14 @@ def window_infonce_loss(lead, W_lead, target, enough, owner, doc, temperature):
         dot = lead.transpose(0, 1) @ along.permute(1, 2, 0)  # (T, N of leads, N of targets)
     logits = dot / (temperature * norm.t()[..., None])
     enough, owner, doc = enough.t(), owner.t(), doc.t()
-    own = torch.eye(n_chunks, dtype=torch.bool, device=target.device)
     # With the control other_docs neither the token's document nor that of its target is a negative.
-    negative = enough[:, None, :] & (owner[:, None, :] != doc[:, :, None])
-    negative &= owner[:, None, :] != owner[:, :, None]
-    log_p = logits.masked_fill(~(own | negative), -torch.inf).log_softmax(2)
-    return -(log_p.diagonal(dim1=1, dim2=2) * enough).sum() / enough.sum().clamp(min=1)
+    left_out = ~enough[:, None, :] | (owner[:, None, :] == doc[:, :, None])
+    left_out |= owner[:, None, :] == owner[:, :, None]
+    left_out.diagonal(dim1=1, dim2=2).fill_(False)  # its own target
+    logits = logits.masked_fill(left_out, -torch.inf).flatten(0, 1)  # (T * N, N)
+    own = torch.arange(n_chunks, device=target.device).where(enough, -100)
+    loss = F.cross_entropy(logits, own.flatten(), ignore_index=-100, reduction="sum")
+    return loss / enough.sum().clamp(min=1)
 
 
 class PairMoments(NamedTuple):
@@ -748,10 +750,7 @@ class Trainer:
                 guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
             z = codes.dense(cfg.n_lead, doc.numel()).float().view(*doc.shape, -1)
-            # Neighbours have nearly the same target, so every second token is asked.
-            z, target, enough, owner, doc = (
-                part[:, ::2] for part in (z, target, enough, owner, doc))
-            target = target - sae.b_dec.detach()
+            target -= sae.b_dec.detach()
             return window_infonce_loss(z, W_lead, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]

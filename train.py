@@ -114,6 +114,12 @@ for loss, alpha, matryoshka in (
         ("infonce_dot", 0.25, 0.05), ("infonce_dot", 0.5, 0.05)):
     flags = f"--temp_loss {loss} --temp_alpha {alpha} --matryoshka_alpha {matryoshka}"
     GRID[f"sweep_{loss}_a{alpha}_m{matryoshka}"] = f"{LEAD} {flags} --temperature 1"
+# The same with a smaller lead, as ours has: the weight of the tuned one, two of the Matryoshka term.
+for fraction in (0.02, 0.05):
+    for matryoshka in (0.05, 0.15):
+        flags = (f"--temporal_fraction {fraction} --temp_loss infonce_dot --temp_alpha 0.5 "
+                 f"--matryoshka_alpha {matryoshka} --temperature 1")
+        GRID[f"sweep_f{fraction}_a0.5_m{matryoshka}"] = flags
 
 # Whole runs: other weights of ours and of the squared error, and what the controls do
 for alpha in (0.003, 0.1):
