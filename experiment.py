@@ -126,7 +126,7 @@ class Config:
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal loss "
                        "off (infonce and infonce_dot compare neighbours at any larger one)", least=1)
     temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
-                                    "temporal loss binds", above=0)
+                                    "temporal loss and the Matryoshka term bind", above=0)
     temperature: float = flag(0.1, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
                               "infonce_dot of inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
@@ -175,7 +175,8 @@ class Config:
 
     @property
     def temporal(self):
-        """Whether there is a temporal loss. Without one its settings change nothing."""
+        """Whether there is a temporal loss. Without one its settings change nothing, except that
+        temporal_fraction is the lead of the Matryoshka term, too."""
         return self.temp_alpha > 0 and self.window > 1
 
 
@@ -202,10 +203,11 @@ def check(cfg):
          f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}"),
         (n_chunks % WORLD > 0,
          f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes"),
-        (cfg.temporal and cfg.temp_loss == "window_infonce"
+        (cfg.temporal and (cfg.temp_loss == "window_infonce" or cfg.control == "other_docs")
          and n_chunks // WORLD < 2 * WINDOW_SHARE,
-         f"--batch_size {cfg.batch_size} is too small for --temp_loss window_infonce: each process "
-         f"needs {2 * WINDOW_SHARE} chunks of {cfg.chunk_size} tokens, to have other documents"),
+         f"--batch_size {cfg.batch_size} is too small for --temp_loss {cfg.temp_loss} and --control "
+         f"{cfg.control}: each process needs {2 * WINDOW_SHARE} chunks of {cfg.chunk_size} tokens, "
+         "to have other documents"),
         (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
@@ -398,7 +400,7 @@ def window_mean_target(x, doc, cfg, step):
     so that the target is the mean of random others of the same document.
     """
     if cfg.control == "permuted":
-        order = shuffle_within_documents(doc, step)  # so doc fits the shuffled x as well
+        order = shuffle_within_documents(doc, step)  # so doc stays right for the shuffled x
         target, enough = window_mean(x.take_along_dim(order[..., None], 1), doc, cfg.window)
         back = order.argsort(1)  # undoes the shuffle
         return target.take_along_dim(back[..., None], 1), enough.take_along_dim(back, 1), doc
@@ -447,24 +449,29 @@ def window_infonce_loss(lead, W_lead, target, enough, owner, doc, temperature):
     tensor(0.3133)
     """
     n_chunks, _, d = target.shape
-    # A tenth of an activation's norm. What is shorter is divided by this and not by its own norm,
-    # for the gradient of a cosine has no bound near zero.
+    # A vector shorter than a tenth of an activation's norm is divided by that length, not by its
+    # own: near zero the gradient of a cosine has no bound.
     shortest = 0.1 * d**0.5
-    # The guess itself, d numbers a token, is never formed; F numbers a token do:
-    # guess . target = lead . (W_lead @ target), |guess|^2 = lead . (W_lead @ W_lead^T) . lead
+    # For a small lead the vector lead @ W_lead is never computed; its inner products and its length
+    # follow from F numbers a token, which is less work than d.
     with torch.autocast(lead.device.type, enabled=False):  # bfloat16 is too coarse for logits
         along = target @ W_lead.t() / target.norm(dim=2, keepdim=True).clamp(min=shortest)
-        norm = ((lead @ (W_lead @ W_lead.t())) * lead).sum(2).clamp(min=shortest**2).sqrt()
+        if len(W_lead) < d:
+            square = ((lead @ (W_lead @ W_lead.t())) * lead).sum(2)
+        else:
+            square = (lead @ W_lead).square().sum(2)
+        norm = square.clamp(min=shortest**2).sqrt()
         dot = lead.transpose(0, 1) @ along.permute(1, 2, 0)  # (T, N of leads, N of targets)
     logits = dot / (temperature * norm.t()[..., None])
     enough, owner, doc = enough.t(), owner.t(), doc.t()
-    # With the control other_docs neither the token's document nor that of its target is a negative.
+    # No negatives: targets that do not exist, and those of the token's document and of its target's
+    # (another one with the control other_docs).
     left_out = ~enough[:, None, :] | (owner[:, None, :] == doc[:, :, None])
     left_out |= owner[:, None, :] == owner[:, :, None]
-    left_out.diagonal(dim1=1, dim2=2).fill_(False)  # its own target
+    left_out.diagonal(dim1=1, dim2=2).fill_(False)  # the right answer stays
     logits = logits.masked_fill(left_out, -torch.inf).flatten(0, 1)  # (T * N, N)
-    own = torch.arange(n_chunks, device=target.device).where(enough, -100)
-    loss = F.cross_entropy(logits, own.flatten(), ignore_index=-100, reduction="sum")
+    label = torch.arange(n_chunks, device=target.device).where(enough, -100)  # -100: no target
+    loss = F.cross_entropy(logits, label.flatten(), ignore_index=-100, reduction="sum")
     return loss / enough.sum().clamp(min=1)
 
 
@@ -616,7 +623,7 @@ class DenseCodes:
         return self.acts[:n_tokens, :n_latents]
 
     def leading(self, n_latents, n_tokens=None):
-        """The same part of the codes, to decode."""
+        """The same part of the codes, as an object that has `decode`."""
         return DenseCodes(self.acts[:n_tokens, :n_latents])
 
     def fired(self):
@@ -750,7 +757,7 @@ class Trainer:
                 guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
             z = codes.dense(cfg.n_lead, doc.numel()).float().view(*doc.shape, -1)
-            target -= sae.b_dec.detach()
+            target = target - sae.b_dec.detach()
             return window_infonce_loss(z, W_lead, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]

@@ -443,9 +443,10 @@ def window_infonce_by_hand(guess, target, enough, doc, temperature):
     return np.mean(losses)
 
 
-def test_the_window_infonce_equals_a_loop_and_takes_negatives_of_other_documents(chunks):
+@pytest.mark.parametrize("n_lead", [3, 6])  # fewer than the 5 dimensions, and more
+def test_the_window_infonce_equals_a_loop_and_takes_negatives_of_other_documents(chunks, n_lead):
     lead, x, doc = chunks
-    lead = lead.clone()
+    lead = lead[..., :n_lead].clone()
     lead[0, :3] *= 1e-3  # what they add is shorter than what counts as a direction
     W_lead = torch.randn(lead.shape[2], x.shape[2], generator=torch.Generator().manual_seed(1))
     target, enough = experiment.window_mean(x, doc, 4)
@@ -2219,6 +2220,8 @@ BAD_SETTINGS = {
     "l1 with gelu": ({"sparsity": "l1", "nonlinearity": "gelu"}, "relu"),
     "unknown loss": ({"temp_loss": "magic"}, "window_mean"),
     "three chunks": ({"batch_size": 24}, "window_infonce"),
+    "three chunks for a control": (
+        {"batch_size": 24, "temp_loss": "window_mean", "control": "other_docs"}, "other_docs"),
     "control of another loss": ({"control": "permuted", "temp_loss": "sqdiff"}, "--control"),
     "unknown device": ({"device": "abacus"}, "--device"),
     "cuda that is not there": ({"device": "cuda"}, "CUDA"),
