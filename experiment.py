@@ -699,6 +699,8 @@ class Trainer:
         if cfg.layernorm:
             x = sae.normalise(x)[0]
 
+        # A leaf of its own: autograd would fill the gradient of a slice up with zeros.
+        W_lead = sae.W_dec[: cfg.n_lead].detach().requires_grad_()
         bfloat16 = self.matmul_dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             codes = self.encode_batch(sae, x, ok, n_valid)
@@ -708,13 +710,13 @@ class Trainer:
             terms = {"recon": error.sum() / n_valid / self.stats.variance}
             loss = terms["recon"]
             if cfg.temporal:
-                terms["temporal"] = self.temporal_loss(codes, x, doc, step)
+                terms["temporal"] = self.temporal_loss(codes, W_lead, x, doc, step)
                 if terms["temporal"].ndim:
                     raise ValueError(f"--temp_loss {cfg.temp_loss} gives a tensor of shape "
                                      f"{tuple(terms['temporal'].shape)}, not one number")
                 loss = loss + cfg.temp_alpha * terms["temporal"]
             if cfg.matryoshka_alpha:
-                leading = codes.leading(cfg.n_lead).decode(sae.W_dec[: cfg.n_lead]) + sae.b_dec
+                leading = codes.leading(cfg.n_lead).decode(W_lead) + sae.b_dec
                 error = F.mse_loss(leading, x, reduction="none").sum(1) * ok
                 terms["matryoshka"] = error.sum() / n_valid / self.stats.variance
                 loss = loss + cfg.matryoshka_alpha * terms["matryoshka"]
@@ -728,6 +730,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
+            if W_lead.grad is not None:
+                sae.W_dec.grad[: cfg.n_lead] += W_lead.grad
             fired = codes.fired()
             if WORLD > 1:
                 average_gradients(self.parameters, fired)
@@ -743,13 +747,12 @@ class Trainer:
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
 
-    def temporal_loss(self, codes, x, doc, step):
-        """The temporal loss of the leading latents; see section 3."""
+    def temporal_loss(self, codes, W_lead, x, doc, step):
+        """The temporal loss of the leading latents, whose decoder rows are W_lead; see section 3."""
         cfg, sae = self.cfg, self.sae
         if cfg.temp_loss in WINDOW_LOSSES:
             doc = doc[: max(1, len(doc) // WINDOW_SHARE)]
             x = x[: doc.numel()].view(*doc.shape, -1)
-            W_lead = sae.W_dec[: cfg.n_lead]
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
                 target, enough, owner = window_mean_target(x, doc, cfg, step)
             if cfg.temp_loss == "window_mean":

@@ -885,6 +885,7 @@ HEADLINE = {  # metric -> row of the first table
     "document_id": "which of 120 documents a token is from (accuracy)",
     "boundary": "does a new document begin here, from the leading codes (AUROC)",
     "autocorr_16_lead": "autocorrelation of the leading latents at lag 16",
+    "autocorr_16_best": "... of as many latents, those where it is highest",
     "smoothness_S": "smoothness S (lower is smoother)",
     "token_class_5": "class of a token, 5 latents (AUROC)",
     "explained_variance": "explained variance",
@@ -933,7 +934,7 @@ def headline_table(records):
     for metric, words in HEADLINE.items():
         a, b = base.scores[metric], ours.scores[metric]
         difference = with_error(paired(b, a), signed=True)
-        lines.append(f"| {words} | {with_error(a)} | {with_error(b)} | {difference} |")
+        lines.append(f"| {words}, `{metric}` | {with_error(a)} | {with_error(b)} | {difference} |")
     return lines
 
 
