@@ -122,12 +122,12 @@ class Config:
                      ("tied", "xavier"))
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
-    temp_alpha: float = flag(0.01, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.012, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal loss "
                        "off (infonce and infonce_dot compare neighbours at any larger one)", least=1)
     temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
                                     "temporal loss and the Matryoshka term bind", above=0)
-    temperature: float = flag(0.1, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
+    temperature: float = flag(0.2, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
                               "infonce_dot of inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
@@ -185,6 +185,11 @@ def check(cfg):
     for f in fields(cfg):
         check_value(f.name, getattr(cfg, f.name), **f.metadata)
     n_chunks = cfg.batch_size // cfg.chunk_size
+    other_documents = ""  # the flag that needs some in the batch
+    if cfg.temp_loss == "window_infonce":
+        other_documents = "--temp_loss window_infonce"
+    elif cfg.control == "other_docs":
+        other_documents = "--control other_docs"
     refuse = [  # (whether it is wrong, what is wrong); runs/study belongs to train.py
         (cfg.temp_loss not in TEMP_LOSSES,
          f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}"),
@@ -203,11 +208,9 @@ def check(cfg):
          f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}"),
         (n_chunks % WORLD > 0,
          f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes"),
-        (cfg.temporal and (cfg.temp_loss == "window_infonce" or cfg.control == "other_docs")
-         and n_chunks // WORLD < 2 * WINDOW_SHARE,
-         f"--batch_size {cfg.batch_size} is too small for --temp_loss {cfg.temp_loss} and --control "
-         f"{cfg.control}: each process needs {2 * WINDOW_SHARE} chunks of {cfg.chunk_size} tokens, "
-         "to have other documents"),
+        (cfg.temporal and other_documents and n_chunks // WORLD < 2 * WINDOW_SHARE,
+         f"--batch_size {cfg.batch_size} is too small for {other_documents}: each process needs "
+         f"{2 * WINDOW_SHARE} chunks of {cfg.chunk_size} tokens, to have other documents"),
         (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
@@ -297,7 +300,7 @@ class SAE(torch.nn.Module):
         return (x - mean) / (std + 1e-5), mean, std
 
     def pre_activations(self, x, latents=None):
-        """(x - b_dec) @ W_enc + b_enc: x (B, d_in) -> (B, d_sae), or only the columns `latents`."""
+        """(x - b_dec) @ W_enc + b_enc: x (..., d_in) -> (..., d_sae), or only columns `latents`."""
         W, bias = self.W_enc.t(), self.b_enc
         if latents is not None:
             W, bias = W[latents], bias[latents]
@@ -759,7 +762,9 @@ class Trainer:
                 lead = codes.leading(cfg.n_lead, doc.numel())
                 guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
-            z = codes.dense(cfg.n_lead, doc.numel()).float().view(*doc.shape, -1)
+            # Before the top-k: a code that it drops has no gradient, so a leading latent just below
+            # the threshold could not learn.
+            z = sae.activate(sae.pre_activations(x, slice(cfg.n_lead))).float()
             target = target - sae.b_dec.detach()
             return window_infonce_loss(z, W_lead, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
