@@ -300,15 +300,11 @@ class SAE(torch.nn.Module):
         return (x - mean) / (std + 1e-5), mean, std
 
     def pre_activations(self, x, latents=None):
-        """(x - b_dec) @ W_enc + b_enc: x (..., d_in) -> (..., d_sae), or only columns `latents`."""
+        """x (B, d_in) -> (B, d_sae), or only the columns `latents`."""
         W, bias = self.W_enc.t(), self.b_enc
         if latents is not None:
             W, bias = W[latents], bias[latents]
-        # b_dec gets its gradient through the bias, to which it adds 0: through x - b_dec it would
-        # cost one more dense product.
-        b_dec = self.b_dec.detach()
-        zero = b_dec - self.b_dec
-        return F.linear(x - b_dec, W, bias + zero @ W.detach().t())
+        return pre_activations(x, W.t(), bias, self.b_dec)
 
     def activate(self, pre):
         """The nonlinearity. gelu(s z) is not s gelu(z), so it stays at the scale of training.
@@ -350,6 +346,15 @@ class SAE(torch.nn.Module):
         self.b_dec.div_(scale)
         self.threshold.div_(scale)
         self.scale.fill_(scale)
+
+
+def pre_activations(x, W_enc, b_enc, b_dec):
+    """(x - b_dec) @ W_enc + b_enc: x (..., d_in), W_enc (d_in, F), b_enc (F,) -> (..., F)."""
+    # b_dec gets its gradient through the bias, to which it adds 0: through x - b_dec it would cost
+    # one more dense product.
+    fixed = b_dec.detach()
+    zero = fixed - b_dec
+    return F.linear(x - fixed, W_enc.t(), b_enc + zero @ W_enc.detach())
 
 
 def keep_top(acts, pre, k):
@@ -642,6 +647,30 @@ class DenseCodes:
         return self.acts.sum(dtype=torch.float32)
 
 
+class Lead(NamedTuple):
+    """The parameters of the leading latents as leaves of their own.
+
+    Autograd would fill the gradient of a slice up with zeros, which is 4 % of a step.
+    """
+
+    W_enc: torch.Tensor  # (d_in, n_lead)
+    b_enc: torch.Tensor  # (n_lead,)
+    W_dec: torch.Tensor  # (n_lead, d_in)
+
+    @classmethod
+    def of(cls, sae, n_lead):
+        parts = sae.W_enc[:, :n_lead], sae.b_enc[:n_lead], sae.W_dec[:n_lead]
+        return cls(*[part.detach().requires_grad_() for part in parts])
+
+    def add_gradients(self, sae):
+        """Add the gradients of the leaves to those of the SAE."""
+        n_lead = len(self.b_enc)
+        grads = sae.W_enc.grad[:, :n_lead], sae.b_enc.grad[:n_lead], sae.W_dec.grad[:n_lead]
+        for part, grad in zip(self, grads):
+            if part.grad is not None:
+                grad += part.grad
+
+
 def encode_dense(sae, x, ok, n_valid):
     """x (B, d_in) -> DenseCodes. Never waits for the device.
 
@@ -702,8 +731,7 @@ class Trainer:
         if cfg.layernorm:
             x = sae.normalise(x)[0]
 
-        # A leaf of its own: autograd would fill the gradient of a slice up with zeros.
-        W_lead = sae.W_dec[: cfg.n_lead].detach().requires_grad_()
+        lead = Lead.of(sae, cfg.n_lead)
         bfloat16 = self.matmul_dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             codes = self.encode_batch(sae, x, ok, n_valid)
@@ -713,13 +741,13 @@ class Trainer:
             terms = {"recon": error.sum() / n_valid / self.stats.variance}
             loss = terms["recon"]
             if cfg.temporal:
-                terms["temporal"] = self.temporal_loss(codes, W_lead, x, doc, step)
+                terms["temporal"] = self.temporal_loss(codes, lead, x, doc, step)
                 if terms["temporal"].ndim:
                     raise ValueError(f"--temp_loss {cfg.temp_loss} gives a tensor of shape "
                                      f"{tuple(terms['temporal'].shape)}, not one number")
                 loss = loss + cfg.temp_alpha * terms["temporal"]
             if cfg.matryoshka_alpha:
-                leading = codes.leading(cfg.n_lead).decode(W_lead) + sae.b_dec
+                leading = codes.leading(cfg.n_lead).decode(lead.W_dec) + sae.b_dec
                 error = F.mse_loss(leading, x, reduction="none").sum(1) * ok
                 terms["matryoshka"] = error.sum() / n_valid / self.stats.variance
                 loss = loss + cfg.matryoshka_alpha * terms["matryoshka"]
@@ -733,8 +761,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
-            if W_lead.grad is not None:
-                sae.W_dec.grad[: cfg.n_lead] += W_lead.grad
+            lead.add_gradients(sae)
             fired = codes.fired()
             if WORLD > 1:
                 average_gradients(self.parameters, fired)
@@ -750,8 +777,8 @@ class Trainer:
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
 
-    def temporal_loss(self, codes, W_lead, x, doc, step):
-        """The temporal loss of the leading latents, whose decoder rows are W_lead; see section 3."""
+    def temporal_loss(self, codes, lead, x, doc, step):
+        """The temporal loss of the leading latents, whose parameters are `lead`; see section 3."""
         cfg, sae = self.cfg, self.sae
         if cfg.temp_loss in WINDOW_LOSSES:
             doc = doc[: max(1, len(doc) // WINDOW_SHARE)]
@@ -759,14 +786,14 @@ class Trainer:
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
                 target, enough, owner = window_mean_target(x, doc, cfg, step)
             if cfg.temp_loss == "window_mean":
-                lead = codes.leading(cfg.n_lead, doc.numel())
-                guess = lead.decode(self.gain.clamp(0, 2)[:, None] * W_lead) + sae.b_dec
+                W_lead = self.gain.clamp(0, 2)[:, None] * lead.W_dec
+                guess = codes.leading(cfg.n_lead, doc.numel()).decode(W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
             # Before the top-k: a code that it drops has no gradient, so a leading latent just below
             # the threshold could not learn.
-            z = sae.activate(sae.pre_activations(x, slice(cfg.n_lead))).float()
+            z = sae.activate(pre_activations(x, lead.W_enc, lead.b_enc, sae.b_dec)).float()
             target = target - sae.b_dec.detach()
-            return window_infonce_loss(z, W_lead, target, enough, owner, doc, cfg.temperature)
+            return window_infonce_loss(z, lead.W_dec, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.dense(cfg.n_lead, doc.numel()).float()
