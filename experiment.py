@@ -122,12 +122,12 @@ class Config:
                      ("tied", "xavier"))
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
-    temp_alpha: float = flag(0.012, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.01, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal loss "
                        "off (infonce and infonce_dot compare neighbours at any larger one)", least=1)
     temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
                                     "temporal loss and the Matryoshka term bind", above=0)
-    temperature: float = flag(0.2, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
+    temperature: float = flag(0.1, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
                               "infonce_dot of inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
@@ -603,6 +603,7 @@ DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits f
 WINDOW_SHARE = 2  # WINDOW_LOSSES see the first half,
 PAIR_SHARE = 4  # PAIR_LOSSES the first quarter,
 AUXK_SHARE = 4  # and AuxK, too
+NEAR = 0.75  # window_infonce counts a leading latent from this share of batchtopk's threshold on
 
 
 class Stats(NamedTuple):
@@ -789,9 +790,10 @@ class Trainer:
                 W_lead = self.gain.clamp(0, 2)[:, None] * lead.W_dec
                 guess = codes.leading(cfg.n_lead, doc.numel()).decode(W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
-            # Before the top-k: a code that it drops has no gradient, so a leading latent just below
-            # the threshold could not learn.
-            z = sae.activate(pre_activations(x, lead.W_enc, lead.b_enc, sae.b_dec)).float()
+            # A code that is dropped has no gradient, so a latent just below the threshold could not
+            # learn to be on. Here it can. (topk and l1 have no threshold: all positive ones count.)
+            pre = pre_activations(x, lead.W_enc, lead.b_enc, sae.b_dec)
+            z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
             target = target - sae.b_dec.detach()
             return window_infonce_loss(z, lead.W_dec, target, enough, owner, doc, cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:

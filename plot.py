@@ -599,37 +599,33 @@ def write_weights(ax, numbers):
 
 
 ABLATED = (  # headline name, its name in the baseline, title, decimals
-    ("token_topic_5_lead", "token_topic_5", "topic of a token, 5 leading latents (AUROC)", 2),
-    ("document_id", "document_id", "which document (accuracy)", 2),
-    ("explained_variance", "explained_variance", "explained variance", 3))
+    ("token_topic_5_lead", "token_topic_5", "topic of a token,\n5 leading latents (AUROC)", 2),
+    ("document_id", "document_id", "which document\n(accuracy)", 2),
+    ("explained_variance", "explained_variance", "explained variance\n", 4))
 
 
 def ablation(records):
-    """Window x weight and leading share x weight: what the probes gain and what it costs."""
+    """Window x leading share at the default weight: what the probes gain and what it costs."""
     base = next((run for run in records.grid if run.name == "grid_base"), None)
-    slices = grid_slices(records.grid)
-    if records.chosen or base is None or not slices:
-        raise Missing("runs/study.csv has no grid of windows, weights and leading shares")
-    drawn = [run for _, _, cells in slices for run in cells.values()]
-    rows = [row for row in ABLATED
-            if row[1] in base.scores and all(row[0] in run.scores for run in drawn)]
-    if not rows:
+    cells = grid_cells(records.grid)
+    if records.chosen or base is None or len(cells) < 2:
+        raise Missing("runs/study.csv has no grid of windows and leading shares")
+    shown = [row for row in ABLATED
+             if row[1] in base.scores and all(row[0] in run.scores for run in cells.values())]
+    if not shown:
         raise Missing("the grid in runs/study.csv lacks the headline numbers to be drawn")
-    tallest = max(len({value for value, _ in cells}) for _, _, cells in slices)
-    figure, axes = plt.subplots(len(rows), len(slices), squeeze=False,
-                                figsize=(9, 1 + len(rows) * (0.6 + 0.34 * tallest)))
-    seeds = min(len(run.scores["explained_variance"]) for run in drawn)
+    n_windows = len({window for window, _ in cells})
+    figure, axes = plt.subplots(1, len(shown), squeeze=False, sharey=True,
+                                figsize=(11, 1.6 + 0.4 * n_windows))
+    seeds = min(len(run.scores["explained_variance"]) for run in cells.values())
     over = f"mean of {seeds} paired seeds" if seeds > 1 else "one seed"
     heading(figure, "Gain over weight 0 in short runs", over)
-    for line, (metric, base_metric, title, digits) in zip(axes, rows):
-        tables = [{place: paired(run.scores[metric], base.scores[base_metric]).mean()
-                   for place, run in cells.items()} for _, _, cells in slices]
-        numbers = [gain for table in tables for gain in table.values()]
-        for ax, (what, where, _), table in zip(line, slices, tables):
-            heat_map(ax, table, min(numbers), max(numbers), digits)
-            ax.set(title=f"{title},\n{where}", ylabel=what)
-    for ax in axes[-1]:
-        ax.set_xlabel("weight")
+    for ax, (metric, base_metric, title, digits) in zip(axes[0], shown):
+        table = {place: paired(run.scores[metric], base.scores[base_metric]).mean()
+                 for place, run in cells.items()}
+        heat_map(ax, table, digits)
+        ax.set(title=title, xlabel="leading share of the latents")
+    axes[0, 0].set_ylabel("window (tokens)")
     return figure
 
 
@@ -639,33 +635,22 @@ def paired(values, base):
     return values[:seeds] - base[:seeds]
 
 
-def grid_slices(grid):
-    """The default loss's grid, cut at its commonest leading share and at its commonest window.
-
-    -> [(what varies, what is fixed, {(value, weight): run})] of those with two values or more
-    """
-    runs = [run for run in grid if run.config["temp_loss"] == next(iter(LOSSES))]
-    runs = [run for run in runs if run.config["temp_alpha"] > 0]
-    if not runs:
-        return []
-    share = Counter(run.config["temporal_fraction"] for run in runs).most_common(1)[0][0]
-    window = Counter(run.config["window"] for run in runs).most_common(1)[0][0]
-    windows = {(run.config["window"], run.config["temp_alpha"]): run
-               for run in runs if run.config["temporal_fraction"] == share}
-    shares = {(run.config["temporal_fraction"], run.config["temp_alpha"]): run
-              for run in runs if run.config["window"] == window}
-    slices = [("window (tokens)", f"leading share {share:g}", windows),
-              ("leading share", f"window {window:g}", shares)]
-    return [cut for cut in slices if len({value for value, _ in cut[2]}) > 1]
+def grid_cells(grid):
+    """The default loss's grid at its commonest weight: {(window, leading share): run}."""
+    runs = [run for run in grid
+            if run.config["temp_loss"] == next(iter(LOSSES)) and run.config["temp_alpha"] > 0]
+    weights = Counter(run.config["temp_alpha"] for run in runs)
+    return {(run.config["window"], run.config["temporal_fraction"]): run for run in runs
+            if run.config["temp_alpha"] == weights.most_common(1)[0][0]}
 
 
-def heat_map(ax, table, low, high, digits):
+def heat_map(ax, table, digits):
     """Numbers on colours. table: (row, column) -> number; a cell that was not run stays grey."""
     rows, columns = [sorted(set(axis)) for axis in zip(*table)]
     values = np.full((len(rows), len(columns)), np.nan)
     for (row, column), number in table.items():
         values[rows.index(row), columns.index(column)] = number
-    image = ax.imshow(values, vmin=low, vmax=high, aspect="auto")
+    image = ax.imshow(values, aspect="auto")
     ax.set_facecolor("0.85")
     ax.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
     ax.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])

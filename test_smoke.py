@@ -570,8 +570,10 @@ def test_the_sparse_step_has_the_gradients_of_the_dense_one(quick, name):
         assert p.grad is None or (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm()
 
 
-def every_leading_code(sae, x, n_lead):
-    return torch.relu((x - sae.b_dec) @ sae.W_enc[:, :n_lead] + sae.b_enc[:n_lead])
+def leading_codes(sae, x, threshold):
+    """The first 150 codes, those of three quarters of the threshold or more."""
+    pre = (x - sae.b_dec) @ sae.W_enc[:, :150] + sae.b_enc[:150]
+    return pre * (pre > 0.75 * threshold)
 
 
 @pytest.mark.parametrize("loss", experiment.WINDOW_LOSSES)
@@ -595,7 +597,7 @@ def test_each_term_of_the_loss_equals_its_formula(quick, loss):
     else:
         enough = torch.from_numpy(np.isfinite(mean[..., 0]))
         target = torch.from_numpy(np.nan_to_num(mean))
-        guess = every_leading_code(before, x[:128], 150) @ before.W_dec[:150]  # top-k drops none
+        guess = leading_codes(before, x[:128], trainer.sae.threshold) @ before.W_dec[:150]
         guess = guess.view(16, 8, 64)
         expected = window_infonce_by_hand(guess, target, enough, doc[:16], 0.3)
     close(terms["temporal"].item(), expected)
@@ -619,11 +621,12 @@ def test_the_window_infonce_moves_neither_its_targets_nor_the_gain(quick):
         grads.append(trainer.sae.b_dec.grad)
     trainer, x, doc, n_valid = a_trainer(quick, temp_loss="window_infonce")
     sae = trainer.sae
-    lead = every_leading_code(sae, x[:128], 150).view(16, 8, 150)
+    experiment.encode_dense(sae, x, doc.flatten() > 0, n_valid)  # finds the threshold
+    lead = leading_codes(sae, x[:128], sae.threshold).view(16, 8, 150)
     target, enough = experiment.window_mean(x[:128].view(16, 8, 64), doc[:16], 3)
     target, W_lead = target - sae.b_dec.detach(), sae.W_dec[:150]
     doc = doc[:16]
-    loss = experiment.window_infonce_loss(lead, W_lead, target, enough, doc, doc, 0.2)
+    loss = experiment.window_infonce_loss(lead, W_lead, target, enough, doc, doc, 0.1)
     (expected,) = torch.autograd.grad(loss, sae.b_dec)
     assert expected.norm() > 0
     assert torch.allclose((grads[1] - grads[0]) / 0.5, expected, atol=1e-6 + 1e-4 * expected.norm())
