@@ -185,7 +185,7 @@ def check(cfg):
     for f in fields(cfg):
         check_value(f.name, getattr(cfg, f.name), **f.metadata)
     n_chunks = cfg.batch_size // cfg.chunk_size
-    other_documents = ""  # the flag that needs some in the batch
+    other_documents = ""  # the flag, if any, that needs several documents in a batch
     if cfg.temp_loss == "window_infonce":
         other_documents = "--temp_loss window_infonce"
     elif cfg.control == "other_docs":
@@ -603,7 +603,7 @@ DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits f
 WINDOW_SHARE = 2  # WINDOW_LOSSES see the first half,
 PAIR_SHARE = 4  # PAIR_LOSSES the first quarter,
 AUXK_SHARE = 4  # and AuxK, too
-NEAR = 0.75  # window_infonce counts a leading latent from this share of batchtopk's threshold on
+NEAR = 0.75  # for window_infonce a latent is on above this share of batchtopk's threshold
 
 
 class Stats(NamedTuple):
@@ -651,7 +651,7 @@ class DenseCodes:
 class Lead(NamedTuple):
     """The parameters of the leading latents as leaves of their own.
 
-    Autograd would fill the gradient of a slice up with zeros, which is 4 % of a step.
+    Autograd would fill the gradient of a slice up with zeros, which costs 4 % of a step.
     """
 
     W_enc: torch.Tensor  # (d_in, n_lead)
@@ -790,8 +790,8 @@ class Trainer:
                 W_lead = self.gain.clamp(0, 2)[:, None] * lead.W_dec
                 guess = codes.leading(cfg.n_lead, doc.numel()).decode(W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
-            # A code that is dropped has no gradient, so a latent just below the threshold could not
-            # learn to be on. Here it can. (topk and l1 have no threshold: all positive ones count.)
+            # What is cut off has no gradient. The cut is lower than that of the codes, so that a latent
+            # just below the threshold can learn. Without a threshold (topk, l1) all positive ones count.
             pre = pre_activations(x, lead.W_enc, lead.b_enc, sae.b_dec)
             z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
             target = target - sae.b_dec.detach()

@@ -571,7 +571,7 @@ def test_the_sparse_step_has_the_gradients_of_the_dense_one(quick, name):
 
 
 def leading_codes(sae, x, threshold):
-    """The first 150 codes, those of three quarters of the threshold or more."""
+    """The first 150 codes, those above three quarters of the threshold."""
     pre = (x - sae.b_dec) @ sae.W_enc[:, :150] + sae.b_enc[:150]
     return pre * (pre > 0.75 * threshold)
 
