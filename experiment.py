@@ -790,8 +790,9 @@ class Trainer:
                 W_lead = self.gain.clamp(0, 2)[:, None] * lead.W_dec
                 guess = codes.leading(cfg.n_lead, doc.numel()).decode(W_lead) + sae.b_dec
                 return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
-            # What is cut off has no gradient. The cut is lower than that of the codes, so that a latent
-            # just below the threshold can learn. Without a threshold (topk, l1) all positive ones count.
+            # What is cut off has no gradient. The cut is lower than that of the codes, so that a
+            # latent just below the threshold can learn. Without a threshold (topk, l1) all positive
+            # ones count.
             pre = pre_activations(x, lead.W_enc, lead.b_enc, sae.b_dec)
             z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
             target = target - sae.b_dec.detach()
