@@ -122,7 +122,7 @@ class Config:
                      ("tied", "xavier"))
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
-    temp_alpha: float = flag(0.01, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.009, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal loss "
                        "off (infonce and infonce_dot compare neighbours at any larger one)", least=1)
     temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
@@ -208,9 +208,9 @@ def check(cfg):
          f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}"),
         (n_chunks % WORLD > 0,
          f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes"),
-        (cfg.temporal and other_documents and n_chunks // WORLD < 2 * WINDOW_SHARE,
+        (cfg.temporal and other_documents and n_chunks // WORLD < 2,
          f"--batch_size {cfg.batch_size} is too small for {other_documents}: each process needs "
-         f"{2 * WINDOW_SHARE} chunks of {cfg.chunk_size} tokens, to have other documents"),
+         f"2 chunks of {cfg.chunk_size} tokens, to have other documents"),
         (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
@@ -379,47 +379,47 @@ def same_document(doc, lag):
     return (doc[:, :-lag] == doc[:, lag:]) & (doc[:, lag:] > 0)
 
 
-def window_mean(x, doc, window):
+def window_mean(x, doc, window, place=None, at=slice(None)):
     """The mean of the other tokens of the same document that are less than `window` away.
 
-    x (N, T, d), doc (N, T) -> means (N, T, d), and (N, T) bool: are there enough tokens for one?
+    x (N, T, d), doc (N, T); `at`: which T' of the T tokens get a mean; place (N, T): where each
+    token stands, if not in the order of x. -> means (N, T', d), and (N, T') bool: are there enough
+    tokens for one?
 
     >>> x = torch.tensor([[[1.], [2.], [6.], [9.]]])
     >>> window_mean(x, torch.tensor([[5, 5, 5, 7]]), 2)[0].flatten()  # 2; (1+6)/2; 2; none
     tensor([2.0000, 3.5000, 2.0000, 0.0000])
     """
-    place = torch.arange(doc.shape[1], device=doc.device)
-    near = (place[:, None] - place).abs() < window
-    near.fill_diagonal_(False)  # the token itself is not part of its own target
-    same = (doc[:, :, None] == doc[:, None, :]) & (doc[:, :, None] > 0)
-    others = (same & near).to(x.dtype)
+    if place is None:
+        place = torch.arange(doc.shape[1], device=doc.device).expand(doc.shape)
+    away = (place[:, at, None] - place[:, None, :]).abs()
+    same = (doc[:, at, None] == doc[:, None, :]) & (doc[:, at, None] > 0)
+    others = same & (away > 0) & (away < window)  # the token itself is not part of its own target
     count = others.sum(2)
-    means = others @ x
+    means = others.to(x.dtype) @ x
     means /= count.clamp(min=1)[..., None]
     return means, count >= min(MIN_OTHERS, window - 1)
 
 
-def window_mean_target(x, doc, cfg, step):
-    """The target of each token's leading latents (N, T, d), which tokens have one, and of which
-    document it is (N, T); see window_mean.
+def window_mean_target(x, doc, cfg, step, at=slice(None)):
+    """The targets of the leading latents at T' of the T tokens (N, T', d), which of these tokens
+    have one, and of which document it is (N, T'); see window_mean.
 
     Two controls keep the loss and change the target. `other_docs` takes it from another chunk.
     `permuted` shuffles each stretch of one document within the chunk before it takes window means,
     so that the target is the mean of random others of the same document.
     """
-    if cfg.control == "permuted":
-        order = shuffle_within_documents(doc, step)  # so doc stays right for the shuffled x
-        target, enough = window_mean(x.take_along_dim(order[..., None], 1), doc, cfg.window)
-        back = order.argsort(1)  # undoes the shuffle
-        return target.take_along_dim(back[..., None], 1), enough.take_along_dim(back, 1), doc
-    target, enough = window_mean(x, doc, cfg.window)
+    place = shuffle_within_documents(doc, step) if cfg.control == "permuted" else None
+    target, enough = window_mean(x, doc, cfg.window, place, at)
+    owner = doc[:, at]
     if cfg.control == "other_docs":
-        return target.roll(1, 0), enough & enough.roll(1, 0), doc.roll(1, 0)
-    return target, enough, doc
+        return target.roll(1, 0), enough & enough.roll(1, 0), owner.roll(1, 0)
+    return target, enough, owner
 
 
 def shuffle_within_documents(doc, step):
-    """doc (N, T) -> (N, T) a random order of each chunk's tokens that leaves doc as it is."""
+    """doc (N, T) -> (N, T) a random order of each chunk's tokens, each stretch of one document where
+    it was."""
     generator = torch.Generator().manual_seed(step)
     noise = to_device(torch.rand(doc.shape, generator=generator), doc.device)
     first = torch.ones_like(doc)
@@ -599,10 +599,12 @@ TEMP_LOSSES = (*WINDOW_LOSSES, "infonce", "infonce_dot", *PAIR_LOSSES)
 # ------------------------------------------------------------------------------------------------
 
 DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits for the GPU
-# The chunks of a batch are shuffled, so the first of them are a fair sample at a part of the cost:
-WINDOW_SHARE = 2  # WINDOW_LOSSES see the first half,
-PAIR_SHARE = 4  # PAIR_LOSSES the first quarter,
-AUXK_SHARE = 4  # and AuxK, too
+# These terms see a quarter of the batch, a fair sample at a part of the cost. Neighbours have nearly
+# the same window mean, so WINDOW_LOSSES take every fourth token of all chunks. Pairs need neighbours,
+# so PAIR_LOSSES take the first quarter of the chunks, which are shuffled; so does AuxK.
+WINDOW_STRIDE = 4
+PAIR_SHARE = 4
+AUXK_SHARE = 4
 NEAR = 0.75  # for window_infonce a latent is on above this share of batchtopk's threshold
 
 
@@ -631,9 +633,9 @@ class DenseCodes:
         """The codes of the first n_latents latents at the first n_tokens tokens, as a matrix."""
         return self.acts[:n_tokens, :n_latents]
 
-    def leading(self, n_latents, n_tokens=None):
-        """The same part of the codes, as an object that has `decode`."""
-        return DenseCodes(self.acts[:n_tokens, :n_latents])
+    def leading(self, n_latents):
+        """The codes of the first n_latents latents, as an object that has `decode`."""
+        return DenseCodes(self.acts[:, :n_latents])
 
     def fired(self):
         """(n_latents,) 1 for each latent that is active at some token, else 0."""
@@ -782,21 +784,23 @@ class Trainer:
         """The temporal loss of the leading latents, whose parameters are `lead`; see section 3."""
         cfg, sae = self.cfg, self.sae
         if cfg.temp_loss in WINDOW_LOSSES:
-            doc = doc[: max(1, len(doc) // WINDOW_SHARE)]
-            x = x[: doc.numel()].view(*doc.shape, -1)
+            stride = min(WINDOW_STRIDE, doc.shape[1])
+            at = slice(step % stride, None, stride)
+            x = x.view(*doc.shape, -1)
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
-                target, enough, owner = window_mean_target(x, doc, cfg, step)
+                target, enough, owner = window_mean_target(x, doc, cfg, step, at)
             if cfg.temp_loss == "window_mean":
-                W_lead = self.gain.clamp(0, 2)[:, None] * lead.W_dec
-                guess = codes.leading(cfg.n_lead, doc.numel()).decode(W_lead) + sae.b_dec
-                return window_mean_loss(guess.view_as(x), target, enough, sae.b_dec)
+                z = codes.dense(cfg.n_lead).view(*doc.shape, -1)[:, at]
+                guess = z @ (self.gain.clamp(0, 2)[:, None] * lead.W_dec) + sae.b_dec
+                return window_mean_loss(guess, target, enough, sae.b_dec)
             # What is cut off has no gradient. The cut is lower than that of the codes, so that a
             # latent just below the threshold can learn. Without a threshold (topk, l1) all positive
             # ones count.
-            pre = pre_activations(x, lead.W_enc, lead.b_enc, sae.b_dec)
+            pre = pre_activations(x[:, at], lead.W_enc, lead.b_enc, sae.b_dec)
             z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
             target = target - sae.b_dec.detach()
-            return window_infonce_loss(z, lead.W_dec, target, enough, owner, doc, cfg.temperature)
+            return window_infonce_loss(z, lead.W_dec, target, enough, owner, doc[:, at],
+                                       cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.dense(cfg.n_lead, doc.numel()).float()
@@ -1783,7 +1787,7 @@ class SparseCodes:
     def decode(self, W_dec):
         return SparseDecode.apply(self.acts, W_dec, self.pairs)
 
-    def first(self, n_latents, n_tokens):
+    def first(self, n_latents=None, n_tokens=None):
         """Codes, tokens and latents of the pairs of the first latents and tokens; None: of all."""
         n_tokens = self.shape[0] if n_tokens is None else n_tokens
         n_latents = self.shape[1] if n_latents is None else n_latents
@@ -1792,8 +1796,8 @@ class SparseCodes:
         size = (n_tokens, n_latents)
         return self.acts[keep], self.pairs.token[keep], self.pairs.latent[keep], size
 
-    def leading(self, n_latents, n_tokens=None):
-        acts, token, latent, size = self.first(n_latents, n_tokens)
+    def leading(self, n_latents):
+        acts, token, latent, size = self.first(n_latents)
         return SparseCodes(acts, make_pairs(token, latent, *size))
 
     def dense(self, n_latents=None, n_tokens=None):
