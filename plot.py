@@ -473,11 +473,12 @@ def level(ax, value, name):
 
 
 FRONTIER = {"token_topic_5": "topic of a token, 5 latents (AUROC)",
-            "document_id": "which document (accuracy)"}
+            "document_id": "which document (accuracy)",
+            "smoothness_S": "smoothness S (lower is smoother)"}
 
 
 def frontier(records):
-    """Explained variance against what a probe reads: short runs by weight, whole and long runs."""
+    """Explained variance against topic, document and S: short runs by weight, whole and long runs."""
     full = [run for run in records.runs if on_frontier(run)]
     if not full:
         raise Missing(f"no run has explained_variance, {' and '.join(FRONTIER)}")
@@ -500,7 +501,8 @@ def frontier(records):
         panels.append(("Runs of four times the budget", [
             (one.label, one.colour, one.marker, "none", [run]) for one, run in zip(like, long)]))
     height = 0.5 + 3.4 * len(panels)
-    figure, axes = plt.subplots(len(panels), 2, figsize=(9, height), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(panels), len(FRONTIER), figsize=(12, height), squeeze=False,
+                                sharey="row")
     drawn = [run for _, curves in panels for *_, runs in curves for run in runs]
     errors = errors_over([len(run.scores["l0"]) for run in drawn])
     heading(figure, "What it costs", f"{errors}; hollow: L0 over 1 % off")
@@ -509,7 +511,8 @@ def frontier(records):
             frontier_panel(ax, metric, curves)
             ax.set(title=title, xlabel=FRONTIER[metric])
         row[0].set_ylabel("explained variance")
-        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5)
+        row[-1].legend(*row[0].get_legend_handles_labels(), loc="center left",
+                       bbox_to_anchor=(1, 0.5), fontsize=8.5)
     return figure
 
 
@@ -571,6 +574,10 @@ def frontier_panel(ax, metric, curves):
     """Points with error bars, hollow where L0 is more than 1 % off k; weights beside curves."""
     numbers = []  # weight, its place and its colour
     for label, colour, marker, line, runs in curves:
+        if metric == "smoothness_S":  # with LayerNorm it is in other units
+            runs = [run for run in runs if not run.config.get("layernorm")]
+        if not runs:
+            continue
         x, dx = np.transpose([mean_se(run.scores[metric]) for run in runs])
         y, dy = np.transpose([mean_se(run.scores["explained_variance"]) for run in runs])
         ax.errorbar(x, y, dy, dx, color=colour, marker=marker, linestyle=line, label=label,
@@ -891,7 +898,7 @@ SUMMARY = ("explained_variance", "ce_loss_score", "l0", "token_topic_5", "token_
            "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "redundant_share", "together",
            "frac_alive")
 SHORT = ("explained_variance", "token_topic_5", "token_topic_5_lead", "document_id",
-         "autocorr_16_lead", "smoothness_S", "token_class_5")
+         "autocorr_16_lead", "autocorr_16_best", "smoothness_S", "token_class_5")
 
 
 def with_error(values, signed=False):
@@ -955,11 +962,11 @@ def means_table(records, base, *prefixes):
     """Runs of study.csv, by how their names begin: mean difference to `base`, paired by seed."""
     base = {run.name: run for run in records.table}[base]
     title = f"difference to {base.name}"
-    lines = [f"{title:28}" + "".join(f"{metric:>20}" for metric in SHORT)]
+    lines = [f"{title:28}" + "".join(f"{metric:>19}" for metric in SHORT)]
     for run in records.table:
         if run.name.startswith(prefixes) and run is not base:
             gaps = [paired(run.scores[metric], base.scores[metric]).mean() for metric in SHORT]
-            lines.append(f"{run.name:28}" + "".join(f"{gap:>+20.4f}" for gap in gaps))
+            lines.append(f"{run.name:28}" + "".join(f"{gap:>+19.4f}" for gap in gaps))
     return lines
 
 
