@@ -123,8 +123,9 @@ class Config:
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
     temp_alpha: float = flag(0.009, "weight of the temporal loss; 0 is the baseline", least=0)
-    window: int = flag(16, "tokens less than so many apart are compared; 1 turns every temporal loss "
-                       "off (infonce and infonce_dot compare neighbours at any larger one)", least=1)
+    window: int = flag(16, "the window mean is over tokens less than so many apart; other losses "
+                       "compare such tokens (infonce and infonce_dot: neighbours); 1: no temporal loss",
+                       least=1)
     temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
                                     "temporal loss and the Matryoshka term bind", above=0)
     temperature: float = flag(0.1, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
@@ -418,14 +419,15 @@ def window_mean_target(x, doc, cfg, step, at=slice(None)):
 
 
 def shuffle_within_documents(doc, step):
-    """doc (N, T) -> (N, T) a random order of each chunk's tokens, each stretch of one document where
-    it was."""
+    """doc (N, T) -> (N, T) a new place for each token: each stretch of one document is shuffled
+    within its own places."""
     generator = torch.Generator().manual_seed(step)
     noise = to_device(torch.rand(doc.shape, generator=generator), doc.device)
     first = torch.ones_like(doc)
     first[:, 1:] = doc[:, 1:] != doc[:, :-1]
     stretch = first.cumsum(1)  # numbers the stretches of one document
-    return (stretch + 0.99 * noise).argsort(1)  # .99: below 1 after rounding too
+    # .99: below 1 after rounding too. An order is the inverse of places; a random one is as random.
+    return (stretch + 0.99 * noise).argsort(1)
 
 
 def window_mean_loss(guess, target, enough, b_dec):
@@ -440,40 +442,41 @@ def window_mean_loss(guess, target, enough, b_dec):
     return (error * enough).sum() / (spread * enough).sum().clamp(min=1e-8)
 
 
-def window_infonce_loss(lead, W_lead, target, enough, owner, doc, temperature):
-    """InfoNCE: what a token's leading latents add must pick out its target among other documents'.
+def window_infonce_loss(z, W_lead, target, enough, owner, doc, temperature):
+    """InfoNCE: what a token's leading latents decode to must pick out its target among those of
+    other documents.
 
-    lead (N, T, F) codes, W_lead (F, d) their decoder rows; target (N, T, d), for activations with a
-    mean square of 1 a dimension; enough (N, T): which tokens have a target; owner (N, T): of which
-    document it is; doc (N, T). The guess lead @ W_lead is compared by cosines with the targets at
-    the same place of all chunks; those of other documents are the negatives. Contrastive predictive
-    coding (van den Oord et al. 2018), except that the targets are not learned, so they cannot
-    collapse.
+    z (N, T, F) leading codes, W_lead (F, d) their decoder rows; target (N, T, d) less b_dec, for
+    activations with a mean square of 1 a dimension; enough (N, T): which tokens have a target;
+    owner (N, T): of which document it is; doc (N, T). The guess z @ W_lead is compared by cosines
+    with the targets at the same place of all chunks; those of other documents are the negatives.
+    Contrastive predictive coding (van den Oord et al. 2018), except that the targets are not
+    learned, so they cannot collapse.
 
-    >>> lead = target = torch.eye(2).view(2, 1, 2)
+    >>> z = target = torch.eye(2).view(2, 1, 2)
     >>> yes = torch.ones(2, 1, dtype=torch.bool)
     >>> doc = torch.tensor([[1], [2]])
-    >>> window_infonce_loss(lead, torch.eye(2), target, yes, doc, doc, 1.0)  # log(1 + 1/e)
+    >>> window_infonce_loss(z, torch.eye(2), target, yes, doc, doc, 1.0)  # log(1 + 1/e)
     tensor(0.3133)
     """
     n_chunks, _, d = target.shape
     # A vector shorter than a tenth of an activation's norm is divided by that length, not by its
     # own: near zero the gradient of a cosine has no bound.
     shortest = 0.1 * d**0.5
-    # For a small lead the vector lead @ W_lead is never computed; its inner products and its length
+    # For a small lead the vector z @ W_lead is never computed; its inner products and its length
     # follow from F numbers a token, which is less work than d.
-    with torch.autocast(lead.device.type, enabled=False):  # bfloat16 is too coarse for logits
+    with torch.autocast(z.device.type, enabled=False):  # bfloat16 is too coarse for logits
         along = target @ W_lead.t() / target.norm(dim=2, keepdim=True).clamp(min=shortest)
         if len(W_lead) < d:
-            square = ((lead @ (W_lead @ W_lead.t())) * lead).sum(2)
+            square = ((z @ (W_lead @ W_lead.t())) * z).sum(2)
         else:
-            square = (lead @ W_lead).square().sum(2)
+            square = (z @ W_lead).square().sum(2)
         norm = square.clamp(min=shortest**2).sqrt()
-        dot = lead.transpose(0, 1) @ along.permute(1, 2, 0)  # (T, N of leads, N of targets)
+        dot = z.transpose(0, 1) @ along.permute(1, 2, 0)  # (T, N of leads, N of targets)
     logits = dot / (temperature * norm.t()[..., None])
     enough, owner, doc = enough.t(), owner.t(), doc.t()
-    # No negatives: targets that do not exist, and those of the token's document and of its target's
-    # (another one with the control other_docs).
+    # Not used as negatives: targets that do not exist, and those of the token's document and of its
+    # target's (another one with the control other_docs).
     left_out = ~enough[:, None, :] | (owner[:, None, :] == doc[:, :, None])
     left_out |= owner[:, None, :] == owner[:, :, None]
     left_out.diagonal(dim1=1, dim2=2).fill_(False)  # the right answer stays
@@ -605,7 +608,7 @@ DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits f
 WINDOW_STRIDE = 4
 PAIR_SHARE = 4
 AUXK_SHARE = 4
-NEAR = 0.75  # for window_infonce a latent is on above this share of batchtopk's threshold
+NEAR = 0.75  # window_infonce reads leading latents above this share of batchtopk's threshold
 
 
 class Stats(NamedTuple):
@@ -693,7 +696,7 @@ def encode_dense(sae, x, ok, n_valid):
         rows = rows.masked_fill(~ok[:, None], -torch.inf)
         keep = min(max(1, sae.k * n_valid), rows.numel())
         threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
-        sae.threshold.copy_(threshold)  # fit_threshold, section 6, looks only above half of it
+        sae.threshold.copy_(threshold)  # for temporal_loss, and fit_threshold in section 6
         least = torch.where(ok, threshold, torch.inf)  # a token that is left out gets no codes
     return DenseCodes(sae.activate(pre) * (pre >= least[:, None]))
 
