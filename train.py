@@ -82,7 +82,7 @@ SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 GRID = {"grid_base": f"{SHORT} --temp_alpha 0 --n_seeds 3"}
 for window in (2, 4, 8, 16, 32):
     for fraction in (0.01, 0.02, 0.05, 0.1, 0.2):
-        flags = f"{SHORT} --window {window} --temporal_fraction {fraction}"
+        flags = f"{SHORT} --temp_alpha 0.01 --window {window} --temporal_fraction {fraction}"
         GRID[f"grid_w{window}_f{fraction}"] = flags
 for alpha in (0.003, 0.03):
     GRID[f"grid_a{alpha}"] = f"{SHORT} --temp_alpha {alpha}"
