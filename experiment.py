@@ -1790,7 +1790,7 @@ class SparseCodes:
     def decode(self, W_dec):
         return SparseDecode.apply(self.acts, W_dec, self.pairs)
 
-    def first(self, n_latents=None, n_tokens=None):
+    def first(self, n_latents, n_tokens=None):
         """Codes, tokens and latents of the pairs of the first latents and tokens; None: of all."""
         n_tokens = self.shape[0] if n_tokens is None else n_tokens
         n_latents = self.shape[1] if n_latents is None else n_latents

@@ -495,7 +495,7 @@ def frontier(records):
     if len(grid) > 1:
         panels.insert(0, ("Short runs; numbers: weight", by_loss(grid, reference)))
     named = {run.name: run for run in full}
-    long = [run for run in table if LONG.get(run.name) in named and on_frontier(run)]
+    long = [run for run in table if LONG.get(run.name) in named]
     if long:
         like = [named[LONG[run.name]] for run in long]
         panels.append(("Runs of four times the budget", [
