@@ -17,8 +17,8 @@ runs that you compare.
 
 A run writes runs/<out_dir>/: config.json, environment.json, experiment.py (this source), log.jsonl,
 seed_K/{cfg.json, sae_weights.safetensors} in SAELens' format with reference.safetensors beside
-them, core.json, consistency.json, latents.json and final_info.json (the headline numbers). With
-several seeds core.json and consistency.json lie in seed_K/.
+them, core.json, consistency.json and final_info.json (the headline numbers). With several seeds
+core.json and consistency.json lie in seed_K/.
 """
 import argparse
 import contextlib
@@ -31,14 +31,10 @@ import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -67,13 +63,6 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # 1. Config: every field is a flag (--temp_alpha and --temp-alpha are the same; bools have --no-x)
 # ------------------------------------------------------------------------------------------------
 
-# Each --sparsity and what SAELens calls it. At inference batchtopk is a fixed threshold, so it is
-# saved as jumprelu. Another sparsity: a name here, a branch of encode_dense (training) and of
-# SAE.encode (inference); a penalty goes into Trainer.step, a learned tensor into SAE.__init__, a
-# setting into Config and save_sae, a limit on k or the nonlinearity into check; a threshold is fitted
-# in train, scaled in fold_scale and saved in save_sae. evaluate.SAE must know what it is called.
-ARCHITECTURES = {"batchtopk": "jumprelu", "topk": "topk", "l1": "standard"}
-
 
 def flag(default, help, choices=None, least=None, above=None):
     """A Config field with its help and what it allows: choices, or numbers >= least or > above."""
@@ -98,6 +87,9 @@ class Config:
     dataset_config: str = flag("", "configuration of a hub data set that has several")
     split: str = flag("train", "split of the data set that is read")
     text_field: str = flag("text", "column that holds the text; a.b reads a nested one")
+    sample_by: str = flag("", "what of a text file is one document; if empty, the file in a folder "
+                          "and the paragraph in a single file",
+                          ("", "document", "paragraph", "line"))
     encoding: str = flag("utf-8", "of local text files")
     acts: str = flag("", "your own activations (N,T,d_in), .npy or .safetensors, instead of an LM")
     acts_mask: str = flag("", ".npy (N,T) for --acts: the number of each token's document, 0 to "
@@ -113,7 +105,7 @@ class Config:
                           "$TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae")
     # -- sparse autoencoder
     d_sae: int = flag(2304, "latents", least=1)
-    sparsity: str = flag("batchtopk", "what keeps codes sparse", tuple(ARCHITECTURES))
+    sparsity: str = flag("batchtopk", "what keeps codes sparse; see section 2")
     k: int = flag(32, "active latents a token (topk), or on average (batchtopk)", least=1)
     l1_alpha: float = flag(0.01, "weight of the L1 term with --sparsity l1", least=0)
     nonlinearity: str = flag("relu", "of the encoder", ("relu", "gelu"))
@@ -123,18 +115,17 @@ class Config:
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
     temp_alpha: float = flag(0.009, "weight of the temporal loss; 0 is the baseline", least=0)
-    window: int = flag(16, "the window mean is over tokens less than so many apart; other losses "
-                       "compare such tokens (infonce and infonce_dot: neighbours); 1: no temporal loss",
+    window: int = flag(16, "the window mean is over tokens less than so many apart; sqdiff compares "
+                       "such tokens (infonce and infonce_dot: neighbours); 1: no temporal loss",
                        least=1)
-    temporal_fraction: float = flag(0.02, "share of the dictionary (its leading latents) that the "
+    temporal_fraction: float = flag(0.02, "share of the dictionary, its leading latents, that the "
                                     "temporal loss and the Matryoshka term bind", above=0)
     temperature: float = flag(0.1, "divides the similarities in every InfoNCE; T-SAE's is 1, for "
                               "infonce_dot of inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
-    control: str = flag("none", "window_infonce, window_mean: take the target from another chunk, or "
-                        "shuffle the tokens of each document first",
-                        ("none", "other_docs", "permuted"))
+    control: str = flag("none", "window_infonce: take the target from another chunk, or shuffle the "
+                        "tokens of each document first", ("none", "other_docs", "permuted"))
     # -- training
     train_tokens: int = flag(3_000_000, "tokens trained on in all; the harvest is passed over again "
                              "and again", least=1)
@@ -152,6 +143,7 @@ class Config:
     matmul_dtype: str = flag("auto", "of dense products in training; all else is float32",
                              ("auto", "bfloat16", "float32"))
     # -- housekeeping
+    score: bool = flag(True, "judge the SAE at the end; scoring takes longer than a short training")
     log_every: int = flag(20, "steps between lines of log.jsonl", least=1)
     checkpoint_minutes: float = flag(2.0, "minutes between checkpoints", above=0)
     resume: bool = flag(False, "go on from the last checkpoint in out_dir")
@@ -167,7 +159,7 @@ class Config:
     def run_dir(self):
         """runs/<out_dir> beside this file, or out_dir itself when it holds a slash."""
         bare = Path(self.out_dir).name == self.out_dir
-        return RUNS / self.out_dir if bare else Path(self.out_dir).expanduser()
+        return (RUNS / self.out_dir if bare else Path(self.out_dir).expanduser()).resolve()
 
     @property
     def n_lead(self):
@@ -177,47 +169,43 @@ class Config:
     @property
     def temporal(self):
         """Whether there is a temporal loss. Without one its settings change nothing, except that
-        temporal_fraction is the lead of the Matryoshka term, too."""
+        temporal_fraction is the share of the Matryoshka term's leading latents, too."""
         return self.temp_alpha > 0 and self.window > 1
 
 
 def check(cfg):
     """Raise ValueError, one clear sentence, for a setting that cannot work. Loads no model."""
     for f in fields(cfg):
-        check_value(f.name, getattr(cfg, f.name), **f.metadata)
+        check_value(f, getattr(cfg, f.name))
     n_chunks = cfg.batch_size // cfg.chunk_size
-    other_documents = ""  # the flag, if any, that needs several documents in a batch
-    if cfg.temp_loss == "window_infonce":
-        other_documents = "--temp_loss window_infonce"
-    elif cfg.control == "other_docs":
-        other_documents = "--control other_docs"
+    contrast = cfg.temporal and cfg.temp_loss == "window_infonce"
+    folders = {"--out_dir": cfg.run_dir, "--cache_dir": prepare.cache_root(cfg.cache_dir)}
+    inside = [flag for flag, folder in folders.items()
+              if Path(cfg.dataset).is_dir() and folder.is_relative_to(cfg.dataset)]
     refuse = [  # (whether it is wrong, what is wrong); runs/study belongs to train.py
-        (cfg.temp_loss not in TEMP_LOSSES,
-         f"--temp_loss {cfg.temp_loss} is not one of {', '.join(TEMP_LOSSES)}"),
-        (Path(cfg.out_dir).name in ("", "..") or cfg.run_dir.is_file()
-         or cfg.run_dir.resolve() == RUNS / "study",
+        (RANK >= WORLD,
+         f"RANK is {RANK} and WORLD_SIZE {WORLD}: start several processes with torchrun"),
+        (inside, f"{' and '.join(inside)} inside --dataset {cfg.dataset} would be read as text"),
+        (cfg.run_dir in (RUNS, RUNS.parent, RUNS / "study") or cfg.run_dir.is_file(),
          f"--out_dir {cfg.out_dir} does not name a directory of its own"),
-        (cfg.seed + cfg.n_seeds > 2**63,
-         f"--seed {cfg.seed} is too large: it must fit 63 bits"),
         (cfg.temporal_fraction > 1,
          f"--temporal_fraction {cfg.temporal_fraction} is above 1"),
         (cfg.temporal and cfg.window > cfg.chunk_size,
          f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}"),
         (not cfg.acts and cfg.context_size % cfg.chunk_size > 0,
          f"--chunk_size {cfg.chunk_size} does not divide --context_size {cfg.context_size}"),
-        (cfg.batch_size % cfg.chunk_size > 0,
-         f"--chunk_size {cfg.chunk_size} does not divide --batch_size {cfg.batch_size}"),
-        (n_chunks % WORLD > 0,
-         f"--batch_size: {n_chunks} chunks cannot be shared evenly by {WORLD} processes"),
-        (cfg.temporal and other_documents and n_chunks // WORLD < 2,
-         f"--batch_size {cfg.batch_size} is too small for {other_documents}: each process needs "
-         f"2 chunks of {cfg.chunk_size} tokens, to have other documents"),
+        (cfg.batch_size % cfg.chunk_size > 0 or n_chunks % WORLD > 0,
+         f"--batch_size {cfg.batch_size} is not a whole number of chunks of {cfg.chunk_size} tokens "
+         f"for each of {WORLD} processes"),
+        (contrast and n_chunks // WORLD < 2,
+         f"--batch_size {cfg.batch_size} is too small for --temp_loss window_infonce: each process "
+         f"needs 2 chunks of {cfg.chunk_size} tokens, to have other documents"),
         (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
          "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero"),
-        (cfg.control != "none" and cfg.temp_loss not in WINDOW_LOSSES,
-         f"--control {cfg.control} needs --temp_loss {' or '.join(WINDOW_LOSSES)}"),
+        (cfg.control != "none" and cfg.temp_loss != "window_infonce",
+         f"--control {cfg.control} needs --temp_loss window_infonce"),
         (not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
          f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
          f"{cfg.eval_rows} for the other metrics"),
@@ -235,16 +223,25 @@ def check(cfg):
         raise ValueError("--device cuda: this torch build sees no CUDA device")
 
 
-def check_value(name, value, help, choices, least, above):
-    """Raise ValueError for a value that its field does not allow."""
+def check_value(f, value):
+    """Raise ValueError for a value that the field f of Config does not allow."""
+    choices = choices_of(f)
+    least = f.metadata["least"]
+    above = f.metadata["above"]
     if choices and value not in choices:
-        raise ValueError(f"--{name} {value} is not one of {', '.join(choices)}")
+        raise ValueError(f"--{f.name} {value} is not one of {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"--{name} must be a finite number, not {value}")
+        raise ValueError(f"--{f.name} must be a finite number, not {value}")
     if least is not None and value < least:
-        raise ValueError(f"--{name} must be at least {least}, not {value}")
+        raise ValueError(f"--{f.name} must be at least {least}, not {value}")
     if above is not None and value <= above:
-        raise ValueError(f"--{name} must be above {above}, not {value}")
+        raise ValueError(f"--{f.name} must be above {above}, not {value}")
+
+
+def choices_of(f):
+    """What the field f of Config can be; None where that is no list of names."""
+    tables = {"sparsity": tuple(SPARSITIES), "temp_loss": TEMP_LOSSES}  # defined below
+    return tables.get(f.name, f.metadata["choices"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,15 +257,18 @@ class SAE(torch.nn.Module):
 
     W_enc (d_in, d_sae), W_dec (d_sae, d_in) with rows of unit norm, b_enc (d_sae,), b_dec (d_in,).
     With batchtopk the k*B largest codes of a batch of B tokens are kept in training; at inference
-    a code is kept if its pre-activation is above `threshold` (Bussmann et al. 2024).
+    a code is kept if its pre-activation is above `threshold` (Bussmann et al. 2024), which in
+    training is that of the last batch.
     Training sees scale * x, whose mean square is 1 a dimension (Stats); at the end `fold_scale`
     moves the scale into the biases and the threshold, so that the SAE takes raw x.
     """
 
     def __init__(self, cfg, d_in):
         super().__init__()
-        self.k, self.sparsity = cfg.k, cfg.sparsity
-        self.nonlinearity, self.layernorm = cfg.nonlinearity, cfg.layernorm
+        self.k = cfg.k
+        self.sparsity = SPARSITIES[cfg.sparsity]
+        self.nonlinearity = cfg.nonlinearity
+        self.layernorm = cfg.layernorm
         # W_enc is stored latent by latent (its transpose is contiguous): F.linear and the gradient
         # of section 9 have that layout.
         self.W_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae, d_in).t())
@@ -300,12 +300,14 @@ class SAE(torch.nn.Module):
         std = x.std(-1, keepdim=True)
         return (x - mean) / (std + 1e-5), mean, std
 
-    def pre_activations(self, x, latents=None):
-        """x (B, d_in) -> (B, d_sae), or only the columns `latents`."""
-        W, bias = self.W_enc.t(), self.b_enc
-        if latents is not None:
-            W, bias = W[latents], bias[latents]
-        return pre_activations(x, W.t(), bias, self.b_dec)
+    def pre_activations(self, x, latents=slice(None)):
+        """x (..., d_in) -> (x - b_dec) @ W_enc + b_enc (..., d_sae), or only some of its columns."""
+        # b_dec gets its gradient through the bias, to which it adds 0: through x - b_dec it would
+        # cost one more dense product.
+        W = self.W_enc.t()[latents]
+        fixed = self.b_dec.detach()
+        zero = fixed - self.b_dec
+        return F.linear(x - fixed, W, self.b_enc[latents] + zero @ W.t().detach())
 
     def activate(self, pre):
         """The nonlinearity. gelu(s z) is not s gelu(z), so it stays at the scale of training.
@@ -324,21 +326,17 @@ class SAE(torch.nn.Module):
         if self.layernorm:
             x = self.normalise(x)[0]
         pre = self.pre_activations(x)
-        acts = self.activate(pre)
-        if self.sparsity == "topk":
-            return keep_top(acts, pre, self.k)
-        if self.sparsity == "batchtopk":
-            return acts * (pre > self.threshold)
-        if self.sparsity == "l1":
-            return acts
-        raise ValueError(f"SAE.encode has no branch for --sparsity {self.sparsity}")
+        if self.sparsity.has_threshold:
+            return self.activate(pre) * (pre > self.threshold)
+        return self.activate(pre) * self.sparsity.keep(self, pre)
 
     def decode(self, acts, x):
         """acts (..., d_sae) and the x (..., d_in) that they come from -> x_hat (..., d_in)."""
-        if self.layernorm:
-            x, mean, std = self.normalise(x)
         x_hat = acts @ self.W_dec + self.b_dec
-        return x_hat * std + mean if self.layernorm else x_hat
+        if self.layernorm:
+            _, mean, std = self.normalise(x)
+            return x_hat * std + mean
+        return x_hat
 
     @torch.no_grad()
     def fold_scale(self, scale):
@@ -349,19 +347,44 @@ class SAE(torch.nn.Module):
         self.scale.fill_(scale)
 
 
-def pre_activations(x, W_enc, b_enc, b_dec):
-    """(x - b_dec) @ W_enc + b_enc: x (..., d_in), W_enc (d_in, F), b_enc (F,) -> (..., F)."""
-    # b_dec gets its gradient through the bias, to which it adds 0: through x - b_dec it would cost
-    # one more dense product.
-    fixed = b_dec.detach()
-    zero = fixed - b_dec
-    return F.linear(x - fixed, W_enc.t(), b_enc + zero @ W_enc.detach())
+def keep_all(sae, pre, ok=None, n_valid=None):
+    """L1 needs no choice: its penalty, in Trainer.step, makes codes zero."""
+    return torch.ones((), dtype=torch.bool, device=pre.device)
 
 
-def keep_top(acts, pre, k):
-    """acts (..., d_sae) with all but those of the k largest `pre` of each token set to zero."""
-    top = pre.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(acts).scatter(-1, top, acts.gather(-1, top))
+def keep_topk(sae, pre, ok=None, n_valid=None):
+    """pre (..., d_sae) -> bool: is it among the k largest of its token?"""
+    top = pre.topk(sae.k, dim=-1, sorted=False).indices
+    return torch.zeros_like(pre, dtype=torch.bool).scatter_(-1, top, True)
+
+
+def keep_batchtopk(sae, pre, ok, n_valid):
+    """pre (B, d_sae) -> bool: is it among the k*n_valid largest of the tokens that are ok (B,)?
+
+    Sets sae.threshold, the smallest that is kept. Never waits for the device.
+    """
+    # A token hardly ever takes more than 4k codes, so the largest of the batch are among the 4k
+    # largest of each row. That spares a sort of the whole batch.
+    with torch.no_grad():
+        rows = pre.topk(min(4 * sae.k, pre.shape[1]), dim=-1, sorted=False).values
+        rows = rows.masked_fill(~ok[:, None], -torch.inf)
+        keep = min(max(1, sae.k * n_valid), rows.numel())
+        sae.threshold.copy_(rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0))
+    return pre >= sae.threshold
+
+
+class Sparsity(NamedTuple):
+    """What keeps codes sparse."""
+
+    keep: object  # function (sae, pre, ok, n_valid) -> which codes a batch keeps, bool
+    architecture: str  # under which SAELens knows the result
+    has_threshold: bool  # whether inference keeps what is above sae.threshold, fitted at the end
+
+
+# A new one: a function and a row. If SAELens has no such architecture, teach evaluate.SAE its name.
+SPARSITIES = {"batchtopk": Sparsity(keep_batchtopk, "jumprelu", True),
+              "topk": Sparsity(keep_topk, "topk", False),
+              "l1": Sparsity(keep_all, "standard", False)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,18 +453,6 @@ def shuffle_within_documents(doc, step):
     return (stretch + 0.99 * noise).argsort(1)
 
 
-def window_mean_loss(guess, target, enough, b_dec):
-    """Sum of |target - guess|^2, divided by the same sum for the guess b_dec.
-
-    >>> one = torch.ones(1, 1, 2)
-    >>> window_mean_loss(one, 2 * one, torch.ones(1, 1, dtype=torch.bool), torch.zeros(2))  # 2 / 8
-    tensor(0.2500)
-    """
-    error = F.mse_loss(guess, target, reduction="none").sum(-1)
-    spread = (target - b_dec.detach()).square().sum(-1)
-    return (error * enough).sum() / (spread * enough).sum().clamp(min=1e-8)
-
-
 def window_infonce_loss(z, W_lead, target, enough, owner, doc, temperature):
     """InfoNCE: what a token's leading latents decode to must pick out its target among those of
     other documents.
@@ -486,81 +497,22 @@ def window_infonce_loss(z, W_lead, target, enough, owner, doc, temperature):
     return loss / enough.sum().clamp(min=1)
 
 
-class PairMoments(NamedTuple):
-    """Means over all pairs (a, b) of tokens less than `window` apart, for each latent, all (F,)."""
-
-    difference: torch.Tensor  # E (a - b)^2
-    power: torch.Tensor  # E (a^2 + b^2)
-    total: torch.Tensor  # E (a + b)
-
-    @property
-    def spread(self):
-        """2 Var z. The correlation rho of the two codes of a pair is 1 - difference / spread."""
-        return self.power - self.total.square() / 2
-
-
-def pair_moments(codes, doc, window):
-    """codes (N, T, F), doc (N, T) -> PairMoments."""
-    sums = codes.new_zeros(3, codes.shape[-1])
-    n_pairs = codes.new_zeros(())
-    for lag in range(1, window):
-        ok = same_document(doc, lag)[..., None]
-        a = codes[:, :-lag] * ok
-        b = codes[:, lag:] * ok
-        terms = [(a - b).square(), a.square() + b.square(), a + b]
-        sums = sums + torch.stack([term.sum((0, 1)) for term in terms])
-        n_pairs = n_pairs + ok.sum()
-    return PairMoments(*(sums / n_pairs.clamp(min=1)))
-
-
 def sqdiff_loss(codes, doc, window):
-    """Mean of |z_t - z_s|^2 over pairs. The plainest form; shrinking the codes lowers it.
+    """Mean of |z_t - z_s|^2 over pairs of tokens less than `window` apart: the plainest form.
+
+    Shrinking the codes lowers it.
 
     >>> sqdiff_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)
     tensor(4.)
     """
-    return pair_moments(codes, doc, window).difference.sum()
-
-
-def variance_loss(codes, doc, window):
-    """sum_i E[variance of z_i among tokens of a window] / sum_i E[z_i^2]: blind to scale.
-
-    The variance of w values is (w - 1) / w times half the mean squared difference of their pairs;
-    here each pair of tokens less than `window` apart counts once.
-
-    >>> variance_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 1 / 5
-    tensor(0.2000)
-    """
-    m = pair_moments(codes, doc, window)
-    # power is 2 E z^2, so its 2 cancels the half
-    return (window - 1) / window * m.difference.sum() / m.power.sum().clamp(min=1e-8)
-
-
-def autocorr_loss(codes, doc, window):
-    """sum_i v_i (1 - rho_i), v_i the latent's share of the variance of all codes.
-
-    The gradient treats the variance as a constant; otherwise growing it alone would lower the loss.
-
-    >>> autocorr_loss(torch.tensor([[[1.], [3.]]]), torch.ones(1, 2), 2)  # 4 / 2 / variance 1
-    tensor(2.)
-    """
-    m = pair_moments(codes, doc, window)
-    # v_i is spread_i / total spread and 1 - rho_i is difference_i / spread_i: spread_i cancels
-    return m.difference.sum() / m.spread.detach().sum().clamp(min=1e-8)
-
-
-def selective_loss(codes, doc, window):
-    """Mean over latents of rho_i (1 - rho_i), the first rho_i clipped to [0, 1] and constant to the
-    gradient. It binds the latents that prove slow and leaves the others alone.
-
-    >>> codes = torch.tensor([[[0.], [0.], [2.], [2.]]])
-    >>> selective_loss(codes, torch.ones(1, 4), 2)  # rho 1 - (4/3) / 2 = 1/3: 1/3 * 2/3
-    tensor(0.2222)
-    """
-    m = pair_moments(codes, doc, window)
-    flicker = m.difference / m.spread.clamp(min=1e-8)  # 1 - rho
-    weight = (1 - flicker.detach()).clamp(0, 1)
-    return (weight * flicker).mean()
+    total = codes.new_zeros(())
+    n_pairs = codes.new_zeros(())
+    for lag in range(1, window):
+        ok = same_document(doc, lag)
+        difference = (codes[:, :-lag] - codes[:, lag:]) * ok[..., None]
+        total = total + difference.square().sum()
+        n_pairs = n_pairs + ok.sum()
+    return total / n_pairs.clamp(min=1)
 
 
 def infonce_loss(codes, doc, temperature, cosine=True):
@@ -591,10 +543,8 @@ def infonce_loss(codes, doc, temperature, cosine=True):
 
 # name: loss(codes (N, T, F), doc (N, T), window) -> one number. A new one needs nothing else. One of
 # another shape: a name in TEMP_LOSSES and a branch of Trainer.temporal_loss.
-PAIR_LOSSES = {"sqdiff": sqdiff_loss, "variance": variance_loss, "autocorr": autocorr_loss,
-               "selective": selective_loss}
-WINDOW_LOSSES = ("window_infonce", "window_mean")  # on the window's mean; the others compare codes
-TEMP_LOSSES = (*WINDOW_LOSSES, "infonce", "infonce_dot", *PAIR_LOSSES)
+PAIR_LOSSES = {"sqdiff": sqdiff_loss}
+TEMP_LOSSES = ("window_infonce", "infonce", "infonce_dot", *PAIR_LOSSES)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -603,8 +553,8 @@ TEMP_LOSSES = (*WINDOW_LOSSES, "infonce", "infonce_dot", *PAIR_LOSSES)
 
 DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits for the GPU
 # These terms see a quarter of the batch, a fair sample at a part of the cost. Neighbours have nearly
-# the same window mean, so WINDOW_LOSSES take every fourth token of all chunks. Pairs need neighbours,
-# so PAIR_LOSSES take the first quarter of the chunks, which are shuffled; so does AuxK.
+# the same window mean, so window_infonce takes every fourth token of all chunks. Pairs need
+# neighbours, so PAIR_LOSSES take the first quarter of the chunks, which are shuffled; so does AuxK.
 WINDOW_STRIDE = 4
 PAIR_SHARE = 4
 AUXK_SHARE = 4
@@ -632,13 +582,9 @@ class DenseCodes:
         """W_dec (n_latents, d_in) -> (B, d_in)."""
         return self.acts @ W_dec
 
-    def dense(self, n_latents=None, n_tokens=None):
+    def first(self, n_latents, n_tokens=None):
         """The codes of the first n_latents latents at the first n_tokens tokens, as a matrix."""
         return self.acts[:n_tokens, :n_latents]
-
-    def leading(self, n_latents):
-        """The codes of the first n_latents latents, as an object that has `decode`."""
-        return DenseCodes(self.acts[:, :n_latents])
 
     def fired(self):
         """(n_latents,) 1 for each latent that is active at some token, else 0."""
@@ -653,67 +599,24 @@ class DenseCodes:
         return self.acts.sum(dtype=torch.float32)
 
 
-class Lead(NamedTuple):
-    """The parameters of the leading latents as leaves of their own.
-
-    Autograd would fill the gradient of a slice up with zeros, which costs 4 % of a step.
-    """
-
-    W_enc: torch.Tensor  # (d_in, n_lead)
-    b_enc: torch.Tensor  # (n_lead,)
-    W_dec: torch.Tensor  # (n_lead, d_in)
-
-    @classmethod
-    def of(cls, sae, n_lead):
-        parts = sae.W_enc[:, :n_lead], sae.b_enc[:n_lead], sae.W_dec[:n_lead]
-        return cls(*[part.detach().requires_grad_() for part in parts])
-
-    def add_gradients(self, sae):
-        """Add the gradients of the leaves to those of the SAE."""
-        n_lead = len(self.b_enc)
-        grads = sae.W_enc.grad[:, :n_lead], sae.b_enc.grad[:n_lead], sae.W_dec.grad[:n_lead]
-        for part, grad in zip(self, grads):
-            if part.grad is not None:
-                grad += part.grad
-
-
 def encode_dense(sae, x, ok, n_valid):
-    """x (B, d_in) -> DenseCodes. Never waits for the device.
-
-    ok (B,) bool: which tokens are ordinary; n_valid: how many are.
-    """
+    """x (B, d_in) -> DenseCodes. ok (B,) bool: which tokens are ordinary; n_valid: how many are."""
     pre = sae.pre_activations(x)
-    if sae.sparsity == "l1":
-        return DenseCodes(sae.activate(pre) * ok[:, None])
-    if sae.sparsity == "topk":
-        return DenseCodes(keep_top(sae.activate(pre), pre, sae.k) * ok[:, None])
-    if sae.sparsity != "batchtopk":
-        raise ValueError(f"encode_dense has no branch for --sparsity {sae.sparsity}")
-    # A token hardly ever takes more than 4k codes, so the k*B largest of the batch are among the
-    # 4k largest of each row. That spares a sort of the whole batch.
-    with torch.no_grad():
-        rows = pre.topk(min(4 * sae.k, pre.shape[1]), dim=-1, sorted=False).values
-        rows = rows.masked_fill(~ok[:, None], -torch.inf)
-        keep = min(max(1, sae.k * n_valid), rows.numel())
-        threshold = rows.flatten().topk(keep, sorted=False).values.min().clamp(min=0)
-        sae.threshold.copy_(threshold)  # for temporal_loss, and fit_threshold in section 6
-        least = torch.where(ok, threshold, torch.inf)  # a token that is left out gets no codes
-    return DenseCodes(sae.activate(pre) * (pre >= least[:, None]))
+    kept = sae.sparsity.keep(sae, pre, ok, n_valid)
+    return DenseCodes(sae.activate(pre) * (kept & ok[:, None]))
 
 
 class Trainer:
     """What a run carries from step to step, and one step of it."""
 
     def __init__(self, cfg, d_in, stats, seed, device):
-        self.cfg, self.stats, self.device = cfg, stats, torch.device(device)
+        self.cfg = cfg
+        self.stats = stats
+        self.device = torch.device(device)
         self.sae = SAE(cfg, d_in)
         self.sae.initialise(cfg.init, stats.mean, seed)
         self.sae.to(device)
-        # For window_mean. The gain lets a leading latent predict the window's mean, which is smaller
-        # than a token's own activation, without shrinking its code. It starts at 0.5, temporal_loss
-        # clamps it to [0, 2], and it is used in training only.
-        self.gain = torch.nn.Parameter(torch.full((cfg.n_lead,), 0.5, device=device))
-        self.parameters = [*self.sae.parameters(), self.gain]
+        self.parameters = list(self.sae.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=cfg.lr, fused=True)
         self.silent_tokens = torch.zeros(cfg.d_sae, device=device)  # since a latent last fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)  # indices of dead latents
@@ -737,7 +640,6 @@ class Trainer:
         if cfg.layernorm:
             x = sae.normalise(x)[0]
 
-        lead = Lead.of(sae, cfg.n_lead)
         bfloat16 = self.matmul_dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             codes = self.encode_batch(sae, x, ok, n_valid)
@@ -747,14 +649,14 @@ class Trainer:
             terms = {"recon": error.sum() / n_valid / self.stats.variance}
             loss = terms["recon"]
             if cfg.temporal:
-                terms["temporal"] = self.temporal_loss(codes, lead, x, doc, step)
+                terms["temporal"] = self.temporal_loss(codes, x, doc, step)
                 if terms["temporal"].ndim:
                     raise ValueError(f"--temp_loss {cfg.temp_loss} gives a tensor of shape "
                                      f"{tuple(terms['temporal'].shape)}, not one number")
                 loss = loss + cfg.temp_alpha * terms["temporal"]
             if cfg.matryoshka_alpha:
-                leading = codes.leading(cfg.n_lead).decode(lead.W_dec) + sae.b_dec
-                error = F.mse_loss(leading, x, reduction="none").sum(1) * ok
+                by_lead = codes.first(cfg.n_lead) @ sae.W_dec[: cfg.n_lead] + sae.b_dec
+                error = F.mse_loss(by_lead, x, reduction="none").sum(1) * ok
                 terms["matryoshka"] = error.sum() / n_valid / self.stats.variance
                 loss = loss + cfg.matryoshka_alpha * terms["matryoshka"]
             if cfg.sparsity == "l1":
@@ -767,7 +669,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
-            lead.add_gradients(sae)
             fired = codes.fired()
             if WORLD > 1:
                 average_gradients(self.parameters, fired)
@@ -783,37 +684,33 @@ class Trainer:
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
 
-    def temporal_loss(self, codes, lead, x, doc, step):
-        """The temporal loss of the leading latents, whose parameters are `lead`; see section 3."""
+    def temporal_loss(self, codes, x, doc, step):
+        """The temporal loss of the leading latents; see section 3."""
         cfg, sae = self.cfg, self.sae
-        if cfg.temp_loss in WINDOW_LOSSES:
+        if cfg.temp_loss == "window_infonce":
             stride = min(WINDOW_STRIDE, doc.shape[1])
             at = slice(step % stride, None, stride)
             x = x.view(*doc.shape, -1)
             with torch.autocast(self.device.type, enabled=False):  # the target is in float32
                 target, enough, owner = window_mean_target(x, doc, cfg, step, at)
-            if cfg.temp_loss == "window_mean":
-                z = codes.dense(cfg.n_lead).view(*doc.shape, -1)[:, at]
-                guess = z @ (self.gain.clamp(0, 2)[:, None] * lead.W_dec) + sae.b_dec
-                return window_mean_loss(guess, target, enough, sae.b_dec)
-            # What is cut off has no gradient. The cut is lower than that of the codes, so that a
-            # latent just below the threshold can learn. Without a threshold (topk, l1) all positive
-            # ones count.
-            pre = pre_activations(x[:, at], lead.W_enc, lead.b_enc, sae.b_dec)
+            # Computed again for a cut that is lower than that of the codes: what is cut off has no
+            # gradient, so this lets a latent just below the threshold learn. Without a threshold
+            # (topk, l1) all positive ones count.
+            pre = sae.pre_activations(x[:, at], slice(cfg.n_lead))
             z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
+            W_lead = sae.W_dec[: cfg.n_lead]
             target = target - sae.b_dec.detach()
-            return window_infonce_loss(z, lead.W_dec, target, enough, owner, doc[:, at],
-                                       cfg.temperature)
+            return window_infonce_loss(z, W_lead, target, enough, owner, doc[:, at], cfg.temperature)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
-            z = codes.dense(cfg.n_lead, doc.numel()).float()
+            z = codes.first(cfg.n_lead, doc.numel()).float()
             return PAIR_LOSSES[cfg.temp_loss](z.view(*doc.shape, -1), doc, cfg.window)
         if cfg.temp_loss not in ("infonce", "infonce_dot"):
             raise ValueError(f"Trainer.temporal_loss has no branch for --temp_loss {cfg.temp_loss}")
         # Codes in raw units, so that weight and temperature mean what they do in the paper. The
         # reconstruction error is a share of the variance, so this is divided by the raw variance.
         # All chunks: infonce_loss itself takes every fourth pair.
-        z = codes.dense(cfg.n_lead).float() / self.stats.scale
+        z = codes.first(cfg.n_lead).float() / self.stats.scale
         raw_variance = self.stats.variance / self.stats.scale**2
         cosine = cfg.temp_loss == "infonce"
         z = z.view(*doc.shape, -1)
@@ -827,7 +724,8 @@ class Trainer:
         """
         sae, dead, n = self.sae, self.dead, len(x) // AUXK_SHARE
         acts = torch.relu(sae.pre_activations(x[:n], dead))
-        acts = keep_top(acts, acts, min(x.shape[1] // 2, len(dead)))
+        top = acts.topk(min(x.shape[1] // 2, len(dead)), dim=-1, sorted=False)
+        acts = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
         left = (x[:n] - x_hat[:n]).detach()
         error = (left - acts @ sae.W_dec[dead]).square().sum(1) * ok[:n]
         return error.sum() / (left.square().sum(1) * ok[:n]).sum().clamp(min=1e-8)
@@ -844,8 +742,8 @@ class Trainer:
         if (log or self.device.type == "cpu") and bad:
             raise FloatingPointError(f"step {step}: the loss or its gradient is not finite; "
                                      "the last checkpoint is good")
-        # Fused Adam divides by grad_scale and leaves a step out where found_inf is set, without
-        # a pass over the gradients or a wait for the device.
+        # Clipping: fused Adam divides by grad_scale and leaves a step out where found_inf is set,
+        # without a pass over the gradients or a wait for the device.
         self.optimizer.found_inf = bad.float()
         clip = self.cfg.grad_clip or math.inf
         self.optimizer.grad_scale = (norm / clip).clamp(min=1)
@@ -857,13 +755,12 @@ class Trainer:
     def state(self):
         """All that the next step depends on, besides (seed, step)."""
         return {"sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "gain": self.gain.data, "silent_tokens": self.silent_tokens, "dead": self.dead}
+                "silent_tokens": self.silent_tokens, "dead": self.dead}
 
     def load(self, state):
         """Restore what `state` returned."""
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.gain.data.copy_(state["gain"])
         self.silent_tokens.copy_(state["silent_tokens"])
         self.dead = state["dead"].to(self.device)
 
@@ -887,10 +784,9 @@ def average_gradients(parameters, fired):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Harvest: the language model's activations, by hooks, in files on disk
+# 5. Harvest: the language model's activations, by hooks, in a file on disk
 # ------------------------------------------------------------------------------------------------
 
-SHARD_ROWS = 64  # rows a file: 9 MB at 128 tokens of 576 bfloat16 numbers
 FORWARD_ROWS = {"cpu": 8, "cuda": 64}  # rows a forward pass; other numbers round differently
 
 
@@ -909,7 +805,7 @@ def residuals(lm, tokens, layer):
 
     handle = prepare.decoder_blocks(lm)[layer].register_forward_hook(hook)
     try:
-        lm(torch.as_tensor(tokens, dtype=torch.long, device=lm.device), use_cache=False)
+        lm(torch.from_numpy(np.array(tokens, np.int64)).to(lm.device), use_cache=False)
     except StopForward:
         pass
     finally:
@@ -920,27 +816,76 @@ def residuals(lm, tokens, layer):
     return kept[0]
 
 
-class Activations(NamedTuple):
-    """Rows of activations, memory-mapped from files or resident on the device."""
+def harvested(cfg, tokens, path, dtype, device):
+    """Rows of tokens (N, T) -> their activations (N, T, d_in), mapped from the file `path`.
 
-    files: list  # tensors (rows_a_file, T, d_in) in the model's dtype; the last may be shorter
+    A missing file is made: PATH.part is filled a batch of rows at a time and renamed when it is
+    whole. PATH.done says which batches are there, so a harvest that was stopped goes on. Another
+    run that wants the same file waits for its lock; the processes of one run share the work.
+    """
+    shape = (*tokens.shape, prepare.model_shape(cfg.model, cfg.cache_dir)[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock") if RANK == 0 else contextlib.nullcontext():
+        barrier()  # the first process has the lock
+        if not broadcast(path.exists()):
+            fill(cfg, tokens, path, shape, dtype, device)
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def fill(cfg, tokens, path, shape, dtype, device):
+    """Run this process's share of the rows through the language model and write the file."""
+    part, done = Path(f"{path}.part"), Path(f"{path}.done")
+    n_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        with open(part, "ab") as file:  # a full disk is an error here, not a crash later
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as e:
+        part.unlink()
+        raise RuntimeError(f"the activations need {n_bytes / 1e9:.1f} GB in {path.parent} "
+                           f"({e.strerror}): lower --harvest_tokens or --cache_gb, or move "
+                           "--cache_dir") from None
+    acts = torch.from_file(str(part), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    n_rows = FORWARD_ROWS.get(torch.device(device).type, FORWARD_ROWS["cpu"])
+    starts = range(0, len(tokens), n_rows)
+    is_done = torch.from_file(str(done), shared=True, size=len(starts), dtype=torch.uint8)
+    lm, _ = prepare.load_lm(cfg.model, dtype, device, cfg.cache_dir)
+    bar = tqdm(range(RANK, len(starts), WORLD), desc="harvest", unit="batch", leave=False,
+               disable=RANK > 0)
+    for i in bar:
+        if not is_done[i]:
+            x = residuals(lm, tokens[starts[i] : starts[i] + n_rows], cfg.layer)
+            if not torch.isfinite(x).all():
+                raise RuntimeError(f"the language model gives NaN or infinity at layer {cfg.layer}")
+            acts[starts[i] : starts[i] + n_rows] = x.cpu()
+            is_done[i] = 1
+    barrier()
+    if RANK == 0:
+        os.replace(part, path)
+        done.unlink()
+    barrier()
+
+
+class Part(NamedTuple):
+    """Activations that are trained on, memory-mapped from a file or resident on the device."""
+
+    acts: torch.Tensor  # (M, T, d_in) in the model's dtype
+    rows: np.ndarray  # (N,) which of the M rows; with --acts the file holds other rows, too
     doc: np.ndarray  # (N, T) int32, a number for the document of each token; 0 is left out
-    order: np.ndarray  # (N,) row n's place in the files; with --acts these hold other rows, too
-    rows_a_file: int
 
     def chunks(self, ids, chunk_size):
         """Chunks of neighbouring tokens, numbered through all rows: ids (S,) -> (S, C, d_in)."""
         per_row = self.doc.shape[1] // chunk_size
-        row, place = self.order[ids // per_row], ids % per_row
-        if len(self.files) == 1:  # --acts, all on a GPU, or a small harvest: one gather
-            whole = self.files[0].unflatten(1, (per_row, chunk_size)).flatten(0, 1)
-            index = torch.from_numpy(row * per_row + place)
-            return whole[to_device(index, whole.device)]
-        found = []
-        for r, at in zip(row, place * chunk_size):
-            rows = self.files[r // self.rows_a_file]
-            found.append(rows[r % self.rows_a_file, at : at + chunk_size])
-        return torch.stack(found)
+        index = torch.from_numpy(self.rows[ids // per_row] * per_row + ids % per_row)
+        every = self.acts.unflatten(1, (per_row, chunk_size)).flatten(0, 1)
+        return every[to_device(index, every.device)]
+
+
+def load_inputs(cfg):
+    """What a run trains on: prepare.Inputs, or prepare.Acts with --acts."""
+    if cfg.acts:
+        return prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
+    options = {name: getattr(cfg, name) for name in evaluate.TEXT_OPTIONS}
+    return prepare.text_rows(cfg.dataset, cfg.model, **options)
 
 
 class Harvest:
@@ -951,112 +896,88 @@ class Harvest:
     cache_gb comes in parts; only one part is on disk at a time.
     """
 
-    def __init__(self, cfg):
-        self.cfg, self.device = cfg, torch.device(prepare.pick_device(cfg.device))
-        self.part_number, self.part = None, None  # the part that is loaded
-        self.forward_rows = FORWARD_ROWS.get(self.device.type, FORWARD_ROWS["cpu"])
-        self.prefetch = self.device.type == "cuda"  # a CPU has no time to spare during a step
-        self.sink_limit = None  # norm of a sink; mask_sinks sets it by the calibration rows
-        if cfg.acts:
-            self.own = prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
-            self.identity = self.own.identity
-            self.n_rows, self.n_parts = len(self.own.train), 1
-            self.calibration = self.own_rows(self.own.calibration)
-        else:
-            self.own = None
-            # .train and .calibration are data sets of rows {"tokens": (T,), "doc": (T,)}; the
-            # eval_rows held-out rows are read by evaluate.py only.
-            self.inputs = prepare.text_rows(
-                cfg.dataset, cfg.model, context_size=cfg.context_size, eval_rows=cfg.eval_rows,
-                harvest_tokens=cfg.harvest_tokens, **text_options(cfg))
-            self.dtype = prepare.pick_dtype(cfg.dtype, str(self.device))
-            self.identity = self.inputs.identity
-            d_in = prepare.model_shape(cfg.model, cfg.cache_dir)[0]
-            row_bytes = cfg.context_size * d_in * self.dtype.itemsize
-            self.n_rows = len(self.inputs.train)
-            self.n_parts = math.ceil(self.n_rows * row_bytes / (cfg.cache_gb * 1e9))
-            self.calibration = self.harvested_rows(self.inputs.calibration, "calibration")
-        self.n_rows //= self.n_parts  # of one part
+    def __init__(self, cfg, inputs):
+        self.cfg = cfg
+        self.inputs = inputs
+        self.device = torch.device(prepare.pick_device(cfg.device))
+        self.dtype = prepare.pick_dtype(cfg.dtype, str(self.device))
+        self.part_number = None  # the part that is loaded
+        self.part = None
+        self.sink_limit = math.inf  # norm of a sink, set by the calibration rows
+        self.n_parts = 1
+        n_rows = len(inputs.train)
+        if not cfg.acts:
+            n_rows = len(inputs.train.doc)
+            row_bytes = cfg.context_size * self.dtype.itemsize
+            row_bytes *= prepare.model_shape(cfg.model, cfg.cache_dir)[0]
+            self.n_parts = math.ceil(n_rows * row_bytes / (cfg.cache_gb * 1e9))
+        self.n_rows = n_rows // self.n_parts  # of one part
+        self.calibration = self.rows_of("calibration")
         row_tokens = self.calibration.doc.shape[1]
+        self.n_chunks = self.n_rows * row_tokens // cfg.chunk_size  # of one part
+        self.batch_chunks = cfg.batch_size // cfg.chunk_size
         if row_tokens % cfg.chunk_size:
             raise ValueError(f"--chunk_size {cfg.chunk_size} does not divide rows of "
                              f"{row_tokens} tokens")
-        self.n_chunks = self.n_rows * row_tokens // cfg.chunk_size  # of one part
-        self.batch_chunks = cfg.batch_size // cfg.chunk_size
         if self.n_chunks < self.batch_chunks:
             raise ValueError(f"{self.n_rows} training rows are less than one --batch_size "
                              f"{cfg.batch_size}: use a smaller batch, more text or a larger "
                              "--cache_gb")
         self.stats = self.compute_stats()
 
-    def own_rows(self, rows):
-        """Rows (row numbers) of the user's own activations."""
-        blocks = torch.from_numpy(rows).split(SHARD_ROWS)
-        norms = torch.cat([self.own.acts[block].float().norm(dim=-1) for block in blocks])
-        doc = self.mask_sinks(self.own.doc[rows], norms.numpy())
-        return Activations([self.own.acts], doc, rows, len(self.own.acts))
-
-    def mask_sinks(self, doc, norms):
-        """doc (N, T) with 0 also at attention sinks and at padding, whose norm is 0.
-
-        The norm of a sink is above ten times the median of the ordinary tokens of the calibration
-        rows, which come first.
-        """
-        if self.sink_limit is None:
+    def rows_of(self, split, number=0):
+        """The calibration rows, or part `number` of the training rows ("train")."""
+        if self.cfg.acts:
+            acts = self.inputs.acts
+            rows = getattr(self.inputs, split)
+            doc = self.inputs.doc[rows]
+        else:
+            tokens, doc = getattr(self.inputs, split)
+            if split == "train":
+                tokens, doc = [array[number * self.n_rows :][: self.n_rows]
+                               for array in (tokens, doc)]
+            path = self.file_of(split, number)
+            acts = harvested(self.cfg, tokens, path, self.dtype, str(self.device))
+            rows = np.arange(len(doc))
+        blocks = torch.from_numpy(rows).split(64)
+        norms = torch.cat([acts[block].float().norm(dim=-1) for block in blocks]).numpy()
+        if split == "calibration":  # they come first
             ordinary = norms[(doc > 0) & (norms > 0)]
             if not len(ordinary):
                 raise ValueError("the calibration rows hold no ordinary token with activations")
             self.sink_limit = prepare.sink_limit(ordinary)
-        return np.where((norms > self.sink_limit) | (norms == 0), 0, doc)
+        # attention sinks, and padding, whose norm is 0, are left out
+        return Part(acts, rows, np.where((norms > self.sink_limit) | (norms == 0), 0, doc))
 
-    def harvested_rows(self, rows, name):
-        """Rows of text -> Activations, run through the language model unless they are on disk."""
+    def file_of(self, split, number):
+        """The file of some rows in the cache, named by all that decides their activations."""
         cfg = self.cfg
-        folder = self.shard_folder(name)
-        paths = harvest_shards(cfg, rows, folder, self.dtype, str(self.device), self.forward_rows)
-        files = [load_file(path) for path in paths]  # maps the files, reads nothing yet
-        doc = np.asarray(rows[: len(rows)]["doc"], np.int32)
-        norms = torch.cat([file["norm"] for file in files]).numpy()
-        acts = [file["acts"] for file in files]
-        return Activations(acts, self.mask_sinks(doc, norms), np.arange(len(doc)), SHARD_ROWS)
-
-    def shard_folder(self, name):
-        """The cache folder of the rows `name`; it is named by all that decides their activations."""
-        cfg = self.cfg
-        key = {"inputs": self.identity, "rows": name, "layer": cfg.layer, "dtype": str(self.dtype),
-               "device": self.device.type, "forward_rows": self.forward_rows}
-        if self.n_parts > 1 and name != "calibration":
-            key["run"] = str(cfg.run_dir.resolve())  # parts are deleted, so they are not shared
-        return prepare.cache_root(cfg.cache_dir) / f"acts-{prepare.digest(key)}"
-
-    def part_name(self, number):
-        """What shard_folder calls part `number`."""
-        return f"train {number} of {self.n_parts}"
+        key = {"inputs": self.inputs.identity, "split": split, "part": [number, self.n_parts],
+               "layer": cfg.layer, "dtype": str(self.dtype), "device": self.device.type,
+               "forward_rows": FORWARD_ROWS}
+        if self.n_parts > 1 and split == "train":
+            key["run"] = str(cfg.run_dir)  # parts are deleted, so they are not shared
+        return prepare.cache_root(cfg.cache_dir) / f"acts-{prepare.digest(key)}.bin"
 
     def load_part(self, number):
         """Load part `number` into self.part, on the device if it fits there."""
         if number == self.part_number:
             return
-        self.part = None
-        if self.own:
-            part = self.own_rows(self.own.train)
-        else:
-            self.delete_part()
-            rows = self.inputs.train.select(range(number * self.n_rows, (number + 1) * self.n_rows))
-            part = self.harvested_rows(rows, self.part_name(number))
-            if self.n_parts == 1:
-                prepare.release_lm()  # what it took is free for training
+        self.delete_part()
+        self.part = on_device(self.rows_of("train", number), self.device)
         self.part_number = number
-        self.part = on_device(part, self.device)
-        n_valid = int((part.doc > 0).sum())
-        say(f"part {number + 1} of {self.n_parts}: {len(part.doc):,} rows, {n_valid:,} tokens to "
+        if self.n_parts == 1:
+            prepare.release_lm()  # what it took is free for training
+        n_valid = int((self.part.doc > 0).sum())
+        say(f"part {number + 1} of {self.n_parts}: {self.n_rows:,} rows, {n_valid:,} tokens to "
             "train on")
 
     def delete_part(self):
-        """Delete the files of the part that is loaded, if it is one of several."""
+        """Let go of the part that is loaded; if it is one of several, delete its file."""
+        self.part = None
         if self.n_parts > 1 and self.part_number is not None:
             barrier()  # every process is done with it
-            shutil.rmtree(self.shard_folder(self.part_name(self.part_number)), ignore_errors=True)
+            self.file_of("train", self.part_number).unlink(missing_ok=True)
             self.part_number = None
 
     def batch(self, seed, step):
@@ -1065,7 +986,7 @@ class Harvest:
         N chunks of T = chunk_size neighbouring tokens are shuffled, not tokens: windows stay whole
         while a batch mixes many documents.
         """
-        epoch, place = self.epoch_and_place(step)
+        epoch, place = divmod(step, self.n_chunks // self.batch_chunks)
         self.load_part(epoch % self.n_parts)
         order = chunk_order(seed, epoch, self.n_chunks)
         ids = order[place * self.batch_chunks :][: self.batch_chunks][RANK::WORLD]
@@ -1074,28 +995,10 @@ class Harvest:
         n_valid = int((doc > 0).sum())
         return x.float() * self.stats.scale, to_device(torch.from_numpy(doc), self.device), n_valid
 
-    def epoch_and_place(self, step):
-        """Which pass over a part this step belongs to, and its place in that pass."""
-        return divmod(step, self.n_chunks // self.batch_chunks)
-
-    def batches(self, seed, steps):
-        """Yield (step, batch) for a range of steps. A GPU gets the next one prepared meanwhile."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = None
-            for step in steps:
-                batch = ahead.result() if ahead else self.batch(seed, step)
-                # Not across a pass: load_part would replace the part in use.
-                same_pass = self.epoch_and_place(step + 1)[1] > 0
-                ahead = None
-                if self.prefetch and same_pass and step + 1 in steps:
-                    ahead = pool.submit(self.batch, seed, step + 1)
-                yield step, batch
-
     def calibration_tokens(self):
         """The ordinary tokens of the calibration rows, (n, d_in) float32, unscaled."""
-        acts = self.calibration
-        x = acts.chunks(np.arange(len(acts.doc)), acts.doc.shape[1]).float()
-        return x[torch.from_numpy(acts.doc > 0)]
+        acts, rows, doc = self.calibration
+        return acts[torch.from_numpy(rows)].float()[torch.from_numpy(doc > 0)]
 
     def compute_stats(self):
         """Stats of the calibration rows. Sums are in float64."""
@@ -1118,65 +1021,6 @@ def chunk_order(seed, epoch, n_chunks):
     return np.random.default_rng([seed, epoch]).permutation(n_chunks)
 
 
-def text_options(cfg):
-    """How the text is read, for the functions of prepare.py."""
-    return {"text_field": cfg.text_field, "dataset_config": cfg.dataset_config, "split": cfg.split,
-            "encoding": cfg.encoding, "cache_dir": cfg.cache_dir}
-
-
-def harvest_shards(cfg, rows, folder, dtype, device, forward_rows):
-    """Run rows through the LM, SHARD_ROWS a file, and return the files' paths.
-
-    A file is written aside and renamed, so a file that exists is whole, and a harvest that was stopped
-    only makes the missing ones. Any number of processes may call this at once: they share the work.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(rows), SHARD_ROWS)
-    paths = [folder / f"{start:09d}.safetensors" for start in starts]
-    missing = [path for path in paths if not path.exists()]
-    if not missing:
-        return paths
-    check_disk(cfg, len(missing), folder, dtype)
-    lm = prepare.load_lm(cfg.model, dtype, device, cfg.cache_dir)[0]
-    for timeout in (0, -1):  # first pass: skip files that others have locked; second: wait for them
-        work = list(zip(starts, paths))
-        for start, path in tqdm(work, desc="harvest", unit="file", leave=False, disable=RANK > 0):
-            if path.exists():
-                continue
-            with contextlib.suppress(Timeout), FileLock(f"{path}.lock", timeout=timeout):
-                if not path.exists():
-                    tokens = np.asarray(rows[start : start + SHARD_ROWS]["tokens"])
-                    write_shard(lm, tokens, cfg.layer, path, forward_rows)
-    for path in paths:
-        Path(f"{path}.lock").unlink(missing_ok=True)
-    return paths
-
-
-def write_shard(lm, tokens, layer, path, forward_rows):
-    """tokens (R, T) -> a file with their activations (R, T, d_in) and the norms (R, T) of these."""
-    blocks = []
-    norms = []
-    for i in range(0, len(tokens), forward_rows):
-        x = residuals(lm, tokens[i : i + forward_rows], layer)
-        blocks.append(x.cpu())
-        norms.append(x.float().norm(dim=-1).cpu())
-    tensors = {"acts": torch.cat(blocks), "norm": torch.cat(norms)}
-    if not torch.isfinite(tensors["norm"]).all():
-        raise RuntimeError(f"the language model gives NaN or infinity at layer {layer}")
-    prepare.write_whole(path, lambda part: save_file(tensors, part))
-
-
-def check_disk(cfg, n_missing, folder, dtype):
-    """RuntimeError if the missing shards do not fit on the disk."""
-    d_in = prepare.model_shape(cfg.model, cfg.cache_dir)[0]
-    need = n_missing * SHARD_ROWS * cfg.context_size * (d_in * dtype.itemsize + 4)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise RuntimeError(f"the activations need {need / 1e9:.1f} GB in {folder}, "
-                           f"{free / 1e9:.1f} GB are free: lower --harvest_tokens or --cache_gb, "
-                           "or move --cache_dir")
-
-
 def to_device(tensor, device):
     """Copy to the device. From pinned memory a copy to a GPU does not make the host wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -1185,38 +1029,36 @@ def to_device(tensor, device):
 
 
 def on_device(part, device):
-    """The Activations, on the GPU if they take less than half of its free memory."""
-    if device.type != "cuda":
+    """The Part, on the GPU if it takes less than half of its free memory."""
+    size = part.acts.numel() * part.acts.element_size()
+    if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
         return part
-    size = sum(file.numel() * file.element_size() for file in part.files)
-    if 2 * size > torch.cuda.mem_get_info(device)[0]:  # the cat below holds it twice
-        return part
-    whole = torch.cat([file.to(device) for file in part.files])
-    return Activations([whole], part.doc, part.order, len(whole))
+    return part._replace(acts=part.acts.to(device))
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Training loop, checkpoints, signals
+# 6. Training loop, checkpoints, several processes
 # ------------------------------------------------------------------------------------------------
 
 
 def train(cfg, seed, harvest, stop):
     """Train one SAE; checkpoints and log.jsonl go to the run directory. -> the SAE, for raw x.
 
-    stop: the run's Stop. While it is deferred, a signal only sets stop.signal.
+    stop: the run's prepare.Stop; a signal waits until the step is whole.
     """
-    d_in = harvest.calibration.files[0].shape[-1]
+    d_in = harvest.calibration.acts.shape[-1]
     trainer = Trainer(cfg, d_in, harvest.stats, seed, harvest.device)
     first = restore(cfg.run_dir, trainer, seed)  # 0 unless the run is resumed
     log_path = cfg.run_dir / "log.jsonl" if RANK == 0 else os.devnull
     harvest.batch(seed, min(first, cfg.steps - 1))  # loads the first part before the clock starts
-    steps = range(first, cfg.steps)
     bar = tqdm(initial=first, total=cfg.steps, desc=f"train seed {seed}", unit="step",
                mininterval=1, disable=RANK > 0)
     saved_at = began = time.perf_counter()
     n_tokens = 0
-    with bar, open(log_path, "a") as log_file, stop.deferred(), malloc_keeps_memory():
-        for step, (x, doc, n_valid) in harvest.batches(seed, steps):
+    idle = cfg.temporal and first == 0  # whether the temporal loss was 0 in every line so far
+    with bar, open(log_path, "a") as log_file, stop.waiting(), malloc_keeps_memory():
+        for step in range(first, cfg.steps):
+            x, doc, n_valid = harvest.batch(seed, step)
             log = step % cfg.log_every == 0 or step == cfg.steps - 1
             terms = trainer.step(x, doc, n_valid, step, log)
             n_tokens += n_valid * WORLD
@@ -1225,6 +1067,10 @@ def train(cfg, seed, harvest, stop):
                 line = {"seed": seed, "step": step, "lr": learning_rate(cfg, step)}
                 line |= {name: float(value) for name, value in terms.items()}
                 line["tokens_per_s"] = round(rate)
+                idle = idle and line["temporal"] == 0
+                if idle and step >= min(2 * cfg.log_every, cfg.steps - 1):
+                    raise ValueError("the temporal loss is 0: no token has enough others of its "
+                                     "document within --window, or other documents in its batch")
                 log_file.write(json.dumps(line) + "\n")
                 log_file.flush()
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}",
@@ -1236,8 +1082,9 @@ def train(cfg, seed, harvest, stop):
                 checkpoint(cfg.run_dir, trainer, seed, step + 1)
                 saved_at = time.perf_counter()
             if stopped:
-                raise Interrupted(stopped)
-    if cfg.sparsity == "batchtopk":
+                stop.signal = stopped
+                raise prepare.Interrupted(stopped)
+    if trainer.sae.sparsity.has_threshold:
         fit_threshold(trainer.sae, harvest)
     trainer.sae.fold_scale(harvest.stats.scale)
     return trainer.sae.cpu()
@@ -1265,9 +1112,7 @@ def fit_threshold(sae, harvest):
 def checkpoint(run_dir, trainer, seed, step):
     """Save the training state; the last good checkpoint is always there."""
     state = {"seed": seed, "step": step, **trainer.state()}
-    path = run_dir / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    prepare.write_whole(path, lambda part: torch.save(state, part))
+    prepare.write_whole(run_dir / "checkpoint" / "state.pt", functools.partial(torch.save, state))
 
 
 def restore(run_dir, trainer, seed):
@@ -1299,7 +1144,7 @@ def cut_log(path, seed, first):
         entry = json.loads(line) if line.endswith("}\n") else None
         if entry and (entry["seed"] != seed or entry["step"] < first):
             kept.append(line)
-    prepare.write_whole(path, lambda part: part.write_text("".join(kept)))
+    prepare.write_whole(path, functools.partial(Path.write_text, data="".join(kept)))
 
 
 @contextlib.contextmanager
@@ -1318,55 +1163,6 @@ def malloc_keeps_memory():
         libc.mallopt(M_MMAP_MAX, 65536)
         libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
         libc.malloc_trim(0)
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; the argument is its number."""
-
-
-class Stop:
-    """SIGINT and SIGTERM, as a context: the previous handlers are restored at its end.
-
-    Inside `deferred` the first signal only sets a flag, which the training loop looks at when a
-    step is whole; elsewhere it raises Interrupted. The same signal again leaves at once.
-    """
-
-    def __init__(self):
-        self.signal, self.wait, self.before = 0, False, {}
-        self.can_resume = False  # whether the run directory holds something to go on with
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        """The handler. Under torchrun Ctrl-C comes as SIGINT and SIGTERM: the second is ignored."""
-        if self.signal == number:
-            os._exit(128 + number)
-        if self.signal:
-            return
-        self.signal = number
-        if not self.wait:
-            raise Interrupted(number)
-        say("stopping after this step (and the harvest, if one is under way); press again to quit "
-            "immediately")
-
-    @contextlib.contextmanager
-    def deferred(self):
-        """While open, a signal waits until the step is whole."""
-        self.wait = True
-        try:
-            yield
-        finally:
-            self.wait = False
-        if self.signal:  # it came after the last step's look
-            raise Interrupted(self.signal)
 
 
 # Several processes (torchrun): gloo carries what lies on the host, nccl what lies on GPUs.
@@ -1416,12 +1212,11 @@ def save_sae(sae, folder, cfg, x):
     SAELens has no gelu: such an SAE gets an architecture name that SAELens refuses, so that it is
     not loaded wrongly.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
-    architecture = ARCHITECTURES[sae.sparsity]
+    architecture = sae.sparsity.architecture
     d_sae, d_in = sae.W_dec.shape
-    if sae.sparsity == "batchtopk":
-        tensors["threshold"] = sae.threshold.expand(d_sae).contiguous()
+    if sae.sparsity.has_threshold:
+        tensors["threshold"] = sae.threshold.repeat(d_sae)
     if sae.nonlinearity == "gelu":
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
@@ -1429,20 +1224,23 @@ def save_sae(sae, folder, cfg, x):
         "architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": True, "reshape_activations": "none",
         "normalize_activations": "layer_norm" if sae.layernorm else "none",
-        "metadata": {"sae_lens_version": "6.0.0", **origin(cfg)},
-        "temporal_sae": {"k": sae.k, "sparsity": sae.sparsity, "nonlinearity": sae.nonlinearity,
+        "metadata": {"sae_lens_version": "6.0.0", "training_architecture": cfg.sparsity,
+                     "exclude_special_tokens": True, "sequence_separator_token": "bos",
+                     **origin(cfg)},
+        "temporal_sae": {"k": sae.k, "sparsity": cfg.sparsity, "nonlinearity": sae.nonlinearity,
                          "layernorm": sae.layernorm,
                          # without a lead latents have no order: the judge takes any
                          "lead": cfg.n_lead if cfg.temporal or cfg.matryoshka_alpha else None,
                          "sha256": evaluate.tensor_hash(tensors)},
     }
-    if ARCHITECTURES[sae.sparsity] == "topk":
+    if architecture.endswith("topk"):
         spec["k"] = sae.k
     with torch.no_grad():
         acts = sae.encode(x)
         reference = {"x": x, "acts": acts, "x_hat": sae.decode(acts, x)}
     for name, content in (("reference", reference), ("sae_weights", tensors)):
-        prepare.write_whole(folder / f"{name}.safetensors", lambda part: save_file(content, part))
+        path = folder / f"{name}.safetensors"
+        prepare.write_whole(path, functools.partial(save_file, content))
     prepare.write_json(folder / "cfg.json", spec)  # last: its presence says that this seed is done
     return spec["temporal_sae"]["sha256"]
 
@@ -1457,22 +1255,18 @@ def origin(cfg):
             "dataset_path": evaluate.public_name(cfg.dataset)}
 
 
+@torch.no_grad()
 def prove_saved(sae, folder):
     """RuntimeError unless the judge gets from the folder the trained SAE's codes, up to rounding."""
     reference = load_file(folder / "reference.safetensors")
     judged = evaluate.load_sae(folder)
     rounding = 1e-6 * float(reference["x"].norm(dim=1).max())
-    with torch.no_grad():
-        acts = judged.encode(reference["x"])
-        x_hat = judged.decode(reference["acts"], reference["x"])
-        # The threshold is the pre-activation of some calibration token: if that is one of these,
-        # rounding decides whether its code is on.
-        edge = sae.activate(sae.threshold)
-        on_the_edge = (torch.maximum(acts, reference["acts"]) - edge).abs() <= rounding
-        acts = torch.where(on_the_edge, reference["acts"], acts)
-    same = torch.allclose(acts, reference["acts"], rtol=1e-5, atol=rounding)
-    same = same and torch.allclose(x_hat, reference["x_hat"], rtol=1e-5, atol=rounding)
-    if not same or not torch.equal(judged.W_dec, sae.W_dec):
+    acts = judged.encode(reference["x"])
+    x_hat = judged.decode(reference["acts"], reference["x"])
+    wrong = ~torch.isclose(acts, reference["acts"], rtol=1e-5, atol=rounding)
+    same = torch.allclose(x_hat, reference["x_hat"], rtol=1e-5, atol=rounding)
+    # The threshold is the pre-activation of some calibration token: rounding decides that one code.
+    if wrong.sum() > 1 or not same or not torch.equal(judged.W_dec, sae.W_dec):
         (folder / "cfg.json").unlink()  # this seed is not done
         raise RuntimeError(f"{folder}: the saved SAE is not the trained one")
 
@@ -1505,41 +1299,34 @@ def git_commit(folder):
         return None
 
 
-IGNORED_ON_RESUME = ("out_dir", "resume", "overwrite", "debug", "cache_dir", "checkpoint_minutes")
+IGNORED_ON_RESUME = ("out_dir", "resume", "overwrite", "debug", "cache_dir", "checkpoint_minutes",
+                     "score")
 
 
 def check_run_dir(cfg):
     """ValueError for a run directory that holds something and is not to be resumed or replaced."""
-    run_dir, saved = cfg.run_dir, cfg.run_dir / "config.json"
-    if cfg.resume:
-        if not saved.exists():
-            raise ValueError(f"--resume: {run_dir} holds no run")
-        old = prepare.read_json(saved)
-        new = asdict(cfg)
-        kept = [name for name in new if name not in IGNORED_ON_RESUME]
-        differ = [name for name in kept if old.get(name) != new[name]]
-        if differ:
-            raise ValueError(f"--resume: {run_dir} has other settings of {', '.join(differ)}")
-        made_by = prepare.read_json(run_dir / "environment.json")["experiment_sha256"]
-        if made_by != prepare.sha256(SOURCE):
-            raise ValueError(f"--resume: {run_dir} was made by another experiment.py than this one")
-        return
-    found = run_dir.exists() and any(path.name != ".lock" for path in run_dir.iterdir())
-    if found and not (run_dir / "environment.json").exists():
-        raise ValueError(f"{run_dir} holds something that is not a run: choose another --out_dir")
-    if found and not cfg.overwrite:
-        raise ValueError(f"{run_dir} already holds a run: choose another --out_dir, or give "
+    found = cfg.run_dir.exists() and any(path.name != ".lock" for path in cfg.run_dir.iterdir())
+    is_run = (cfg.run_dir / "environment.json").exists()
+    if cfg.resume and not is_run:
+        raise ValueError(f"--resume: {cfg.run_dir} holds no run")
+    if found and not is_run:
+        raise ValueError(f"{cfg.run_dir} holds something that is not a run: choose another --out_dir")
+    if found and not (cfg.resume or cfg.overwrite):
+        raise ValueError(f"{cfg.run_dir} already holds a run: choose another --out_dir, or give "
                          "--resume or --overwrite")
 
 
-def check_inputs(cfg, identity):
-    """ValueError if a run that is resumed was made from another model or other text."""
-    old = prepare.read_json(cfg.run_dir / "environment.json")["inputs"]
-    new = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-    differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+def check_same(cfg, identity):
+    """ValueError if the run to be resumed was made from other settings, source, model or text."""
+    old = prepare.read_json(cfg.run_dir / "config.json")
+    made_by = prepare.read_json(cfg.run_dir / "environment.json")
+    old |= made_by["inputs"] | {"experiment.py": made_by["experiment_sha256"]}
+    new = asdict(cfg) | json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    new["experiment.py"] = prepare.sha256(SOURCE)
+    differ = [name for name in new if old.get(name) != new[name] and name not in IGNORED_ON_RESUME]
     if differ:
-        raise ValueError(f"--resume: {', '.join(sorted(differ))} changed since {cfg.run_dir} was "
-                         "made: --overwrite starts again")
+        raise ValueError(f"--resume: {cfg.run_dir} was made with other {', '.join(differ)}; "
+                         "--overwrite starts again")
 
 
 def begin_run(cfg, identity):
@@ -1578,16 +1365,16 @@ def locked(run_dir):
 
 
 def run(cfg, stop):
-    """One complete run: harvest, train every seed, save, score. -> contents of final_info.json."""
+    """One complete run: harvest, train every seed, save, score. -> final_info.json, {} unscored."""
     check_run_dir(cfg)
     barrier()  # every process has looked before the first one writes
     with locked(cfg.run_dir) if RANK == 0 else contextlib.nullcontext():
-        harvest = Harvest(cfg)
+        inputs = load_inputs(cfg)
         if cfg.resume:
-            check_inputs(cfg, harvest.identity)
-        elif RANK == 0:
-            begin_run(cfg, harvest.identity)
-        stop.can_resume = True
+            check_same(cfg, inputs.identity)
+        harvest = Harvest(cfg, inputs)
+        if RANK == 0 and not cfg.resume:
+            begin_run(cfg, inputs.identity)
         for seed in range(cfg.seed, cfg.seed + cfg.n_seeds):
             folder = cfg.run_dir / f"seed_{seed}"
             if broadcast((folder / "cfg.json").exists()):  # a resumed run has done this one
@@ -1602,32 +1389,22 @@ def run(cfg, stop):
             return {}
         shutil.rmtree(cfg.run_dir / "checkpoint", ignore_errors=True)
         del harvest  # the judge needs the memory
-        return evaluate.evaluate_run(cfg.run_dir)
+        return evaluate.evaluate_run(cfg.run_dir) if cfg.score else {}
 
 
 def parse(argv):
     """Command line -> Config. Bad usage is one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = prepare.Parser(description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        names = [f"--{f.name}"]
-        if "_" in f.name:
-            names.append(f"--{f.name.replace('_', '-')}")
+        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
         text = f.metadata["help"]
-        choices = f.metadata["choices"]
-        if f.name == "temp_loss":  # they are defined after Config
-            choices = TEMP_LOSSES
-        if choices:
-            text += f" ({', '.join(choices)})"
+        if choices_of(f):
+            text += f" ({', '.join(filter(None, choices_of(f)))})"
         text = f"{text} [{f.default}]".replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(*names, dest=f.name, default=f.default, help=text, **kind)
-    try:
-        args, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as e:
-        raise ValueError(str(e)) from None
-    if unknown:
-        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+    args = parser.parse_args(argv)
     for name in ("model", "dataset", "acts", "acts_mask"):
         setattr(args, name, absolute(getattr(args, name)))
     if args.cache_dir:
@@ -1639,53 +1416,35 @@ def absolute(name):
     """A path that exists, made absolute, so that the record means the same from any directory."""
     path = Path(name).expanduser()
     is_path = name and name not in prepare.EMBEDDED and path.exists()
-    return str(path.resolve()) if is_path else name
+    return str(path.absolute()) if is_path else name
 
 
 def main(argv=None):
     """The command. Returns the exit code: 0, 1 run failed, 2 bad usage, 130/143 stopped."""
-    cfg = None
-    with Stop() as stop:  # takes SIGINT and SIGTERM
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    with prepare.Stop() as stop:  # takes SIGINT and SIGTERM
         try:
             cfg = parse(argv)
             check(cfg)
             if not cfg.acts:
                 prepare.check_model(cfg.model, cfg.layer, cfg.context_size)
             init_distributed(prepare.pick_device(cfg.device))
-            if RANK == 0:
-                print(f"run directory: {cfg.run_dir}", flush=True)
+            say(f"run directory: {cfg.run_dir}")
             info = run(cfg, stop)
             if RANK == 0:
-                evaluate.print_scores(info)
-                print(f"run directory: {cfg.run_dir}\nnext: python plot.py")
+                if info:
+                    evaluate.print_scores(info, cfg.run_dir)
+                print(f"next: python plot.py --compare run_0 {cfg.out_dir}; "
+                      f"python page.py {cfg.out_dir}")
             return 0
-        except Interrupted as e:
+        except prepare.Interrupted:
             how = ""
-            if stop.can_resume:
+            if (cfg.run_dir / "environment.json").exists():
                 how = ", --resume in place of --overwrite" if cfg.overwrite else " and --resume"
             say(f"stopped; go on with the same command{how}")
-            if argv is not None and e.args[0] == signal.SIGINT:
-                raise KeyboardInterrupt from None  # called from Python: stop the caller's loop too
-            return 128 + e.args[0]
-        except Exception as e:  # whatever went wrong, the user gets one sentence
-            return report(e, cfg)
-
-
-def report(error, cfg):
-    """Print one sentence for an error (--debug: its traceback too). -> exit code."""
-    if cfg and cfg.debug:
-        traceback.print_exception(error)
-    sentence = prepare.first_line(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "Allocator" in str(error):
-        sentence += "; lower --batch_size, --d_sae or --context_size"
-    # A ValueError of our own is the user's to mend; one from inside a library is a failed run.
-    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
-    ours = last in ("experiment.py", "prepare.py", "evaluate.py")
-    if not ours:
-        sentence += " (--debug shows where)"
-    if RANK == 0 or not ours:  # an error of ours is the same in every process: one says it
-        print(f"error: {sentence}", file=sys.stderr)
-    return 2 if ours and isinstance(error, ValueError) else 1
+            return stop.exit_code(argv)
+        except Exception as error:  # whatever went wrong, the user gets one sentence
+            return prepare.report(error, debug)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1738,7 +1497,7 @@ def select_pairs(sae, x, centred, ok, keep):
     """
     n_tokens, d_sae = len(x), sae.W_dec.shape[0]
     dense = sae.pre_activations(x)
-    if sae.sparsity == "topk":
+    if not sae.sparsity.has_threshold:  # topk
         token = torch.arange(n_tokens).repeat_interleave(sae.k)
         latent = dense.topk(sae.k, dim=-1, sorted=False).indices.sort(dim=-1).values.flatten()
     else:
@@ -1754,7 +1513,7 @@ def select_pairs(sae, x, centred, ok, keep):
     W_enc = sae.W_enc.t()
     pre = pair_products(centred, W_enc, token, latent, starts(token, n_tokens))
     pre = pre + sae.b_enc[latent]
-    if sae.sparsity == "batchtopk" and len(pre):
+    if sae.sparsity.has_threshold and len(pre):
         threshold = pre.topk(min(keep, len(pre)), sorted=False).values.min().clamp(min=0)
         sae.threshold.copy_(threshold)
         kept = (pre >= threshold).nonzero()[:, 0]
@@ -1791,21 +1550,11 @@ class SparseCodes:
         return SparseDecode.apply(self.acts, W_dec, self.pairs)
 
     def first(self, n_latents, n_tokens=None):
-        """Codes, tokens and latents of the pairs of the first latents and tokens; None: of all."""
         n_tokens = self.shape[0] if n_tokens is None else n_tokens
-        n_latents = self.shape[1] if n_latents is None else n_latents
         end = self.pairs.token_start[n_tokens]  # pairs are in token order
         keep = (self.pairs.latent[:end] < n_latents).nonzero()[:, 0]
-        size = (n_tokens, n_latents)
-        return self.acts[keep], self.pairs.token[keep], self.pairs.latent[keep], size
-
-    def leading(self, n_latents):
-        acts, token, latent, size = self.first(n_latents)
-        return SparseCodes(acts, make_pairs(token, latent, *size))
-
-    def dense(self, n_latents=None, n_tokens=None):
-        acts, token, latent, size = self.first(n_latents, n_tokens)
-        return acts.new_zeros(size).index_put((token, latent), acts)
+        where = (self.pairs.token[keep], self.pairs.latent[keep])
+        return self.acts.new_zeros(n_tokens, n_latents).index_put(where, self.acts[keep])
 
     def fired(self):
         return torch.zeros(self.shape[1]).index_fill_(0, self.pairs.latent[self.acts > 0], 1.0)

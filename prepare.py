@@ -1,4 +1,4 @@
-"""Text and models by name: what a sparse autoencoder can be trained on.
+"""Text, models and activations by name: what a sparse autoencoder can be trained on.
 
     python prepare.py                                              # the embedded text and model
     python prepare.py --dataset my_texts/ --model path/to/model    # shows what a run would train on
@@ -17,16 +17,22 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import argparse
+import contextlib
 import functools
 import glob
 import hashlib
 import json
 import math
+import operator
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +41,6 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
-from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -48,6 +52,10 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken is s
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 huggingface_hub.logging.set_verbosity_error()
+
+for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks must not stop a run
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -175,15 +183,12 @@ def say(text):
         tqdm.write(text, file=sys.stderr)
 
 
-say_once = functools.cache(say)
-
-
 def first_line(error):
     """The first line of an exception's message: what fits into one sentence."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[0].rstrip(" .:")
+    return lines[0][:500].rstrip(" .:")
 
 
 def cache_root(cache_dir=""):
@@ -258,8 +263,6 @@ def pick_device(name):
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     if name == "auto":
-        if shutil.which("nvidia-smi"):
-            say_once("warning: there is an NVIDIA driver, but this torch build sees no CUDA device")
         return "cpu"
     if name == "cuda":
         return f"cuda:{LOCAL_RANK}"
@@ -268,14 +271,93 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """auto means bfloat16 where the hardware multiplies it, else float32."""
-    if name != "auto":
+    if name in ("float32", "bfloat16", "float16"):
         return getattr(torch, name)
+    if name != "auto":
+        raise ValueError(f"--dtype {name} is none of auto, float32, bfloat16, float16")
     native = False
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device == "cpu":
         native = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad usage in one sentence, as any other mistake."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; the argument is its number."""
+
+
+class Stop:
+    """SIGINT and SIGTERM, as a context: the handlers of before are put back at its end.
+
+    A signal raises Interrupted, except while it is `waiting`.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self.wait = False
+        self.before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """While open, a signal waits: a loop looks at self.signal when a step is whole."""
+        self.wait = True
+        try:
+            yield
+        finally:
+            self.wait = False
+        if self.signal:  # it came after the last look
+            raise Interrupted(self.signal)
+
+    def handle(self, number, frame):
+        """The handler. Under torchrun Ctrl-C comes as SIGINT and SIGTERM: the first one counts."""
+        if self.signal == 0:
+            self.signal = number
+            if not self.wait:
+                raise Interrupted(number)
+
+    def exit_code(self, argv):
+        """130 or 143. Called from Python, with argv, Ctrl-C stops the caller's loop, too."""
+        if argv is not None and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + self.signal
+
+
+def report(error, debug):
+    """Print one sentence for an error, with debug its traceback too. -> exit code
+
+    A ValueError of our own is the user's to mend (2); one from inside a library is a failure (1).
+    """
+    if debug:
+        traceback.print_exception(error)
+    sentence = first_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "Allocator" in str(error):
+        sentence += "; lower --batch_size, --d_sae or --context_size"
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = last.parent == Path(__file__).parent
+    if not ours:
+        sentence += " (--debug shows where)"
+    # an error of ours is the same in every process: the first one says it
+    if RANK == 0 or not ours or "WORLD_SIZE" not in os.environ:
+        print(f"error: {sentence}", file=sys.stderr)
+    return 2 if ours and isinstance(error, ValueError) else 1
 
 
 # ----------------------------------------------------------------------------------------
@@ -288,32 +370,10 @@ def looks_like_path(name):
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def files_identity(root, files):
-    """[[name below `root`, bytes, time of change in ns], ...]: other content, another identity."""
-    found = []
-    for file in files:
-        stat = file.stat()
-        found.append([file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns])
-    return found
-
-
-@functools.cache
-def hub_revision(kind, name):
-    """Commit hash of a hub "model" or "dataset", asked once a process.
-
-    Where the hub does not answer: that of the copy in the hub's own cache."""
-    try:
-        return huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=20).sha
-    except Exception as error:  # httpx and the hub's client raise many kinds
-        reason = first_line(error)
-    known = {"model": "config.json", "dataset": "README.md"}[kind]
-    cached = huggingface_hub.try_to_load_from_cache(name, known, repo_type=kind)
-    if isinstance(cached, str):
-        return Path(cached).parent.name
-    raise RuntimeError(
-        f"--{kind} {name} is not a local path, and the hub does not give it ({reason}): log in "
-        f"with `hf auth login` if it is closed, or leave --{kind} out for the embedded one"
-    )
+def files_identity(files):
+    """[[name, bytes, time of change in ns], ...]: other content, another identity."""
+    stats = [(file.name, file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def model_identity(model):
@@ -322,21 +382,23 @@ def model_identity(model):
         return {"model": model, "sha256": EMBEDDED[model].sha256}
     folder = Path(model).expanduser().resolve()
     if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        return {"model": folder.name, "files": files_identity(folder, files)}
-    return {"model": model, "revision": hub_revision("model", model)}
+        loaded = (".json", ".safetensors", ".model", ".txt", ".jinja")
+        files = sorted(file for file in folder.iterdir() if file.suffix in loaded)
+        return {"model": folder.name, "files": files_identity(files)}
+    return {"model": model, "revision": load_config(model)._commit_hash}
 
 
 def model_source(model, cache_dir=""):
-    """What transformers is to load: {"pretrained_model_name_or_path", "revision"}."""
+    """What transformers is to load: (a folder, None) or (a name on the hub, its revision)."""
     if model in EMBEDDED:
-        return {"pretrained_model_name_or_path": str(converted(model, cache_dir))}
+        return str(converted(model, cache_dir)), None
     path = Path(model).expanduser()
     if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path)}
-    if looks_like_path(model):
-        raise ValueError(f"--model {model}: no such folder")
-    return {"pretrained_model_name_or_path": model, "revision": hub_revision("model", model)}
+        return str(path), None
+    if path.is_file() or looks_like_path(model):
+        raise ValueError(f"--model {model} is no folder of a model that transformers saved")
+    name, _, revision = model.partition("@")
+    return name, revision or None
 
 
 def converted(model, cache_dir):
@@ -344,11 +406,9 @@ def converted(model, cache_dir):
 
     The file holds 4-bit blocks; dequantised float32 weights load ten times faster."""
     folder = cache_root(cache_dir) / f"{model}-{EMBEDDED[model].sha256[:8]}-float32"
-    if folder.exists():  # it is put in place whole
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.exists():
+        if folder.exists():  # it is put in place whole
             return folder
         gguf = embedded_file(model, cache_dir)
         say(f"converting {model} to safetensors, once")
@@ -368,15 +428,19 @@ def converted(model, cache_dir):
 
 def load_pretrained(model, cache_dir, loader, what, **options):
     """What a transformers Auto class gives for `model`; one sentence if it gives nothing."""
-    source = model_source(model, cache_dir)
+    source, revision = model_source(model, cache_dir)
     try:
-        return loader.from_pretrained(**source, trust_remote_code=False, **options)
+        return loader.from_pretrained(
+            source, revision=revision, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch raise many kinds
-        place = source["pretrained_model_name_or_path"]
-        raise ValueError(
-            f"--model {model}: its {what} cannot be loaded from {place} ({first_line(error)[:300]})"
+        reason = first_line(error)[:300]
+        if Path(source).is_dir():
+            raise ValueError(f"--model {model}: its {what} cannot be loaded ({reason})") from None
+        raise RuntimeError(
+            f"--model {model} is no local folder, and the hub does not give its {what} ({reason}); "
+            "leave --model out for the embedded one"
         ) from None
 
 
@@ -434,6 +498,8 @@ def load_lm(model, dtype, device, cache_dir=""):
         return LOADED[key]
     release_lm()  # never two models in memory
     load_config(model, cache_dir)
+    if (Path(model).expanduser() / "adapter_config.json").exists():
+        raise ValueError(f"--model {model} holds an adapter beside its base: merge it and save both")
     tokenizer = load_tokenizer(model, cache_dir)
     lm, found = load_pretrained(
         model, cache_dir, transformers.AutoModelForCausalLM, "weights", dtype=dtype,
@@ -446,6 +512,10 @@ def load_lm(model, dtype, device, cache_dir=""):
             f"--model {model}: its files lack {len(lacking)} of the weights of a "
             f"{type(lm).__name__}, such as {lacking[0]}"
         )
+    if found["unexpected_keys"]:
+        say(f"note: --model {model}: {len(found['unexpected_keys'])} tensors of its files are not "
+            f"part of a {type(lm).__name__} with this config.json, such as "
+            f"{min(found['unexpected_keys'])}")
     LOADED[key] = lm.eval().requires_grad_(False).to(device), tokenizer
     return LOADED[key]
 
@@ -505,32 +575,15 @@ class Source(NamedTuple):
     text_field: str = "text"  # column; a.b is a field of a nested one
     dataset_config: str = ""
     split: str = "train"
-    encoding: str = "utf-8"  # of .txt, .md, .json and .csv files
+    sample_by: str = ""  # document, paragraph or line: what of a .txt file is one document
+    encoding: str = "utf-8"  # of text, JSON and CSV files
     cache_dir: str = ""
 
 
-LOADERS = {  # ending: loader of the datasets library
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-ENDINGS = f"{' '.join(LOADERS)} (also with {' '.join(COMPRESSED)})"
-NOT_TEXTS = ("readme", "license", "licence", "copying", "notice", "changelog", "contributing")
-
-
-def loader_of(path):
-    """The loader for a file, None if there is none."""
-    endings = [ending.lower() for ending in path.suffixes]
-    if endings and endings[-1] in COMPRESSED:
-        endings.pop()
-    if not endings:
-        return None
-    return LOADERS.get(endings[-1])
+def kind_of(file):
+    """The ending of a file that says what it is, whether it is compressed or not: ".jsonl"."""
+    endings = [ending for ending in file.suffixes if ending not in (".gz", ".zst", ".bz2", ".xz")]
+    return endings[-1].lower() if endings else ""
 
 
 def local_path(dataset):
@@ -538,120 +591,129 @@ def local_path(dataset):
     path = Path(dataset).expanduser()
     if path.exists():
         return path
-    if looks_like_path(dataset) or loader_of(path):
+    of_a_file = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
+    if looks_like_path(dataset) or kind_of(path) in of_a_file:
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     return None
 
 
-def check_split(source, splits):
-    """Raise ValueError when the data set has no such split."""
-    if source.split not in splits:
-        splits = ", ".join(map(str, splits))
-        raise ValueError(f"--split {source.split}: {source.dataset} has the splits {splits}")
-
-
-def local_files(source, path):
-    """The files to read, in order.
-
-    Files named for a split (data/train-00000.parquet) are of that split, as on the hub. Text files
-    beside data files are left out, and so are README, LICENSE and the like, and dot files."""
+def local_files(path):
+    """The files of a local data set that count for what it is, in order."""
     if path.is_file():
-        if not loader_of(path):
-            raise ValueError(f"--dataset {source.dataset}: its ending is none of {ENDINGS}")
-        check_split(source, ["train"])
         return [path]
-    root = path.resolve()
-    try:
-        by_split = DataFilesDict.from_patterns(get_data_patterns(str(root)), base_path=str(root))
-    except FileNotFoundError:  # the library finds no file for any split
-        by_split = {source.split: []}
-    check_split(source, by_split)
-    texts = []
-    for file in map(Path, by_split[source.split]):
-        if loader_of(file) and file.name.split(".")[0].lower() not in NOT_TEXTS:
-            texts.append(file)
-    files = sorted([file for file in texts if loader_of(file) != "text"] or texts)
-    if not files:
-        raise ValueError(
-            f"--dataset {source.dataset}: the folder holds no file that ends in {ENDINGS}"
-        )
-    left_out = {file for file in root.rglob("*") if file.is_file()} - set(files)
-    if left_out:
-        say_once(f"--dataset {source.dataset}: files read: {len(files)}; left out: {len(left_out)} "
-                 f"({min(left_out).name}, ...)")
-    return files
+    found = (file for file in sorted(path.rglob("*")) if file.is_file())
+    return [file for file in found if not file.name.startswith((".", "README", "LICENSE"))]
 
 
-def file_rows(file, encoding):
-    """The rows of one file, as dicts, read as they are asked for."""
-    loader = loader_of(file)
+def reader_options(source, path):
+    """What `datasets` is told beside the name: of text files what a document is, the encoding.
+
+    A folder of .txt files holds a document a file, a single .txt file one a paragraph."""
+    kinds = Counter(map(kind_of, local_files(path)))
     options = {}
-    if loader != "parquet":
-        options["encoding"] = encoding
-    if loader == "text":
-        options["sample_by"] = "paragraph"
-        if encoding.lower() in ("utf-8", "utf8"):
-            options["encoding"] = "utf-8-sig"  # with or without a byte order mark
+    if kinds and kinds.most_common(1)[0][0] in (".txt", ".md"):
+        options["sample_by"] = source.sample_by or ("paragraph" if path.is_file() else "document")
+        say(f"--dataset {source.dataset}: each {options['sample_by']} of its text files is a "
+            "document (--sample_by)")
+    elif source.sample_by:
+        raise ValueError(f"--sample_by is for text files; --dataset {source.dataset} holds others")
+    if source.encoding != "utf-8":
+        options["encoding"] = source.encoding
+    return options
+
+
+def files_to_read(root, options):
+    """The files of a folder that are to be read, None if their names say which split they are of.
+
+    The library reads only files whose names speak of a split, if there is one such name. So unless
+    all of them do, names mean nothing, and the files of the commonest kind are read."""
+    files = local_files(root)
+    kinds = Counter(map(kind_of, files))
+    same = [file for file in files if kind_of(file) == max(kinds, key=kinds.get)]
     try:
-        yield from datasets.load_dataset(
-            loader, data_files=glob.escape(str(file)), split="train", streaming=True, **options
-        )
-    except StopIteration:  # the library's word for an empty file
-        return
+        by_split = datasets.load_dataset_builder(str(root), **options).config.data_files
+    except FileNotFoundError:  # it takes the name of the folder for a pattern
+        return same
+    n_named = sum(len(set(files)) for files in by_split.values())
+    return same if n_named < len(same) else None
+
+
+def open_dataset(source, path):
+    """{split: rows} of a data set, by the datasets library."""
+    config = source.dataset_config or None
+    if path is None:
+        name, _, revision = source.dataset.partition("@")
+        return datasets.load_dataset(name, config, revision=revision or None, streaming=True)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(path))  # a folder that save_to_disk wrote
+        if isinstance(saved, datasets.Dataset):
+            saved = {"train": saved}
+        return {split: rows.to_iterable_dataset() for split, rows in saved.items()}
+    options = reader_options(source, path)
+    root = path.absolute()
+    files = None
+    if path.is_file():
+        files = [root]
+        root = root.parent
+    elif not config:
+        files = files_to_read(root, options)
+    if files is not None:
+        options["data_files"] = [glob.escape(str(file)) for file in files]
+    return datasets.load_dataset(str(root), config, streaming=True, **options)
+
+
+def data_rows(source):
+    """The rows of any data set but the embedded one, as dicts, read as they are asked for."""
+    path = local_path(source.dataset)
+    try:
+        by_split = open_dataset(source, path)
+        split = source.split
+        if split == "train" and len(by_split) == 1:
+            (split,) = by_split  # the only one there is
+        if split not in by_split:
+            raise ValueError(f"it has the splits {', '.join(by_split)}, not {split} (--split)")
+        rows = by_split[split]
+        if rows.features:
+            rows = rows.decode(False)  # of pictures and sounds nothing is wanted
+        yield from rows
     except UnicodeError:
         raise ValueError(
-            f"{file} is not {encoding}: name its encoding with --encoding (latin-1, utf-16, ...)"
+            f"--dataset {source.dataset} is not {source.encoding}: name its encoding with "
+            "--encoding (latin-1, utf-16, ...)"
         ) from None
-    except Exception as error:  # datasets, pyarrow, pandas and the decompressors raise many kinds
-        raise ValueError(f"{file} cannot be read ({first_line(error)})") from None
-
-
-def saved_rows(source, path):
-    """The rows of a folder that `save_to_disk` wrote."""
-    saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.Dataset):
-        saved = {"train": saved}
-    check_split(source, saved)
-    return saved[source.split]
-
-
-def hub_rows(source, name, revision=None):
-    """The rows of the hub data set `name`, or of a local copy of its repository, streamed."""
-    options = {"name": source.dataset_config or None, "split": source.split, "streaming": True}
-    try:
-        try:
-            rows = datasets.load_dataset(name, revision=revision, **options)
-        except RuntimeError as error:
-            if "Dataset scripts" not in str(error):
-                raise
-            # a repository that holds code to run and no data: the hub has converted most of them
-            rows = datasets.load_dataset(name, revision="refs/convert/parquet", **options)
-        yield from rows
-    except Exception as error:  # datasets, pyarrow and the hub raise many kinds
-        reason = " ".join(str(error).split())  # names of splits and configs stand in later lines
-        raise RuntimeError(f"--dataset {source.dataset} cannot be read ({reason})") from None
-
-
-def nested(row, field):
-    """The value of the column `field`, or of a.b in a nested column; None where it is empty."""
-    if field in row:
-        return row[field]
-    for name in field.split("."):
-        if row is not None:
-            row = row[name]
-    return row
+    except Exception as error:  # datasets, pyarrow, pandas and the hub raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        sentence = f"--dataset {source.dataset} cannot be read ({reason})"
+        if path is None:
+            raise RuntimeError(f"{sentence}; leave --dataset out for the embedded one") from None
+        raise ValueError(sentence) from None
 
 
 def text_of(row, field):
-    """A row of a data set -> its text. A list of chat messages is joined by blank lines."""
+    """A row of a data set -> its text. field: a column; a.b is a field of a nested one."""
+    value = row.get(field)
     try:
-        value = nested(row, field)
-        if isinstance(value, list):
-            value = "\n\n".join(one.get("content", one.get("value")) or "" for one in value)
-    except (KeyError, TypeError, AttributeError):
-        value = 0
+        if field not in row:
+            value = functools.reduce(operator.getitem, field.split("."), row)
+        return joined(value)
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"--text_field {field} is no text; the columns are {', '.join(row)}"
+        ) from None
+
+
+def joined(value):
+    """A text, a list of texts or of chat messages, whose contents can be lists of parts -> a text.
+
+    Parts are joined by blank lines. TypeError for anything else."""
+    if isinstance(value, list):
+        return "\n\n".join(filter(None, map(joined, value)))
+    if isinstance(value, dict):
+        found = [value[name] for name in ("content", "value", "text") if name in value]
+        value = found[0] if found else ""
+        return joined(value)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"--text_field {field} is no text; the columns are {', '.join(row)}")
+        raise TypeError(f"{type(value).__name__} is no text")
     return value or ""
 
 
@@ -665,47 +727,17 @@ def label_of(row):
     return None
 
 
-def read_text(dataset, **options):
+def read_text(source):
     """Yield (text, label or None) of every document, in the order of the data set.
 
-    The embedded text is sorted, so it is shuffled, by a seed of its own. Options as in Source."""
-    source = Source(dataset, **options)
+    The embedded text is sorted, so it is shuffled, by a seed of its own."""
     if source.dataset == EMBEDDED_TEXT:
         summaries = list(read_json(embedded_file(EMBEDDED_TEXT, source.cache_dir)).values())
         for i in np.random.default_rng(0).permutation(len(summaries)):
             yield summaries[i]["extract"], summaries[i]["topic"]
         return
     for row in data_rows(source):
-        try:
-            text = text_of(row, source.text_field)
-        except ValueError as error:
-            raise ValueError(f"--dataset {source.dataset}: {error}") from None
-        yield text, label_of(row)
-
-
-def is_saved(path):
-    """Whether `save_to_disk` of the datasets library wrote this folder."""
-    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-
-
-def is_repository(path):
-    """Whether a folder is a copy of a hub repository whose README names configs."""
-    readme = path / "README.md"
-    return readme.exists() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
-
-
-def data_rows(source):
-    """The rows of any data set but the embedded one, as dicts."""
-    path = local_path(source.dataset)
-    if path is None:
-        yield from hub_rows(source, source.dataset, hub_revision("dataset", source.dataset))
-    elif is_saved(path):
-        yield from saved_rows(source, path)
-    elif path.is_dir() and (source.dataset_config or is_repository(path)):
-        yield from hub_rows(source, str(path))
-    else:
-        for file in local_files(source, path):
-            yield from file_rows(file, source.encoding)
+        yield text_of(row, source.text_field), label_of(row)
 
 
 def text_identity(source):
@@ -715,15 +747,17 @@ def text_identity(source):
     identity = source._asdict()
     del identity["cache_dir"]
     path = local_path(source.dataset)
-    if path is None:
-        return {**identity, "revision": hub_revision("dataset", source.dataset)}
-    path = path.resolve()
-    root = path.parent
-    files = [path]
-    if path.is_dir():
-        root = path
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return {**identity, "dataset": path.name, "files": files_identity(root, files)}
+    if path is not None:
+        return identity | {"dataset": path.name, "files": files_identity(local_files(path))}
+    try:
+        name, _, revision = source.dataset.partition("@")
+        info = huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=20)
+    except Exception as error:  # httpx and the hub's client raise many kinds
+        raise RuntimeError(
+            f"--dataset {source.dataset} is not a local path, and the hub does not give it "
+            f"({first_line(error)}); leave --dataset out for the embedded one"
+        ) from None
+    return identity | {"revision": info.sha}
 
 
 # ----------------------------------------------------------------------------------------
@@ -733,209 +767,182 @@ def text_identity(source):
 SPLITS = ("heldout", "calibration", "train")
 FORMAT = 1  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
+OPENING = 128  # tokens of the beginning of each held-out document that are kept for the judge
 # A generous estimate: it says how much text is read at a time for the tokens that are lacking, and
 # how much of a very long document is kept. It decides which documents are read, so who changes it
 # counts FORMAT up.
 CHARACTERS_A_TOKEN = 8
 
-DOCUMENT = datasets.Features(
-    number=datasets.Value("int64"),  # place in the data set, empty ones counted
-    hash=datasets.Value("int64"),  # 60 bits of the SHA-256 of the whole text
-    label=datasets.Value("string"),
-    ids=datasets.List(datasets.Value("int32")),  # without special tokens
-    length=datasets.Value("int64"),  # of ids
-    dropped=datasets.Value("int64"),  # special tokens that the text spelt out
-    cut=datasets.Value("bool"),  # longer than all that is wanted
-)
+
+class Document(NamedTuple):
+    """A text of the data set that is not empty."""
+
+    number: int  # place in the data set, empty ones counted
+    hash: int  # 60 bits of the SHA-256 of the whole text
+    label: str  # None without one
+    ids: np.ndarray  # int32, without special tokens
+    dropped: int  # special tokens that the text spelt out
+
+
+class Split(NamedTuple):
+    """Rows of tokens, memory-mapped int32 arrays (N,T)."""
+
+    tokens: np.ndarray
+    doc: np.ndarray  # 0 at BOS, else the number of the token's document + 1
 
 
 class Inputs(NamedTuple):
-    """What a run trains on. x[a:b] of a split is {"tokens": (n,T) int32, "doc": (n,T) int32}.
+    """What a run trains on and is judged on."""
 
-    doc is 0 at BOS, else the document's number + 1; numbers count the documents of the data set."""
-
-    train: datasets.Dataset
-    heldout: datasets.Dataset  # of documents that are never trained on
-    calibration: datasets.Dataset  # of further documents that are neither
+    train: Split
+    heldout: Split  # of documents that are never trained on
+    calibration: Split  # of further documents that are neither
     topics: dict  # document number -> label, of held-out documents that have one
+    openings: list  # the first OPENING token ids of each held-out document
+    about: dict  # counts of what was read, for `show`
     identity: dict  # of model, text and all that decides the rows
-    documents: datasets.Dataset  # a DOCUMENT of each text that was read
-    parts: dict  # split: indices of its documents
 
 
-def stored(make, features, name, cache_dir):
-    """The data set of the dicts that make() yields: written to the cache once, memory-mapped.
-
-    The library locks it, so of several processes one makes it and the others wait."""
-    folder = str(cache_root(cache_dir) / "rows")
-    try:
-        return datasets.Dataset.from_generator(
-            make, features=features, cache_dir=folder, fingerprint=name
-        )
-    except DatasetGenerationError as error:
-        raise error.__cause__ from None
-
-
-def next_texts(documents, characters):
-    """The next [(number, text, label), ...]: one document at least, some `characters` of text."""
+def next_texts(texts, characters):
+    """The next [(number, (text, label)), ...]: one document at least, some `characters` of text."""
     batch = []
-    for document in documents:
-        batch.append(document)
-        characters -= len(document[1])
-        if len(batch) == BATCH_DOCUMENTS or characters <= 0:
+    for number, (text, label) in texts:
+        if text.strip():
+            batch.append((number, text, label))
+            characters -= len(text)
+        if len(batch) == BATCH_DOCUMENTS or (batch and characters <= 0):
             break
     return batch
 
 
-def numbered(texts):
-    """(text, label) pairs -> (number, text, label) of those that are not empty."""
-    for number, (text, label) in enumerate(texts):
-        if text.strip():
-            yield number, text, label
-
-
-def tokenised(documents, tokenizer, wanted):
-    """Yield a DOCUMENT of each (text, label), until they fill the splits: wanted[split] tokens."""
+def read_documents(texts, tokenizer, wanted):
+    """(text, label) pairs -> list of Document, as many as fill the splits: wanted[split] tokens."""
     _, special = special_ids(tokenizer)
     special = set(special)
-    total = sum(wanted.values())
-    hashes = []
-    lengths = []
-    read = 0
-    lacking = total
-    documents = numbered(documents)
     longest = max(wanted.values()) * CHARACTERS_A_TOKEN  # what is beyond would never be used
-    bar = tqdm(total=total, desc="tokenise", unit="tok", unit_scale=True, leave=False,
-               disable=RANK > 0, mininterval=1)
-    with bar:
+    texts = enumerate(texts)
+    documents = []
+    read = 0
+    lacking = sum(wanted.values())
+    with tqdm(desc="tokens read", unit="tok", unit_scale=True, leave=False, disable=RANK > 0) as bar:
         while lacking > 0:
-            batch = next_texts(documents, lacking * CHARACTERS_A_TOKEN)
+            batch = next_texts(texts, lacking * CHARACTERS_A_TOKEN)
             if not batch:
                 break
-            texts = [text[:longest] for _, text, _ in batch]
-            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for (number, text, label), all_ids in zip(batch, encoded):
-                ids = [i for i in all_ids if i not in special]
-                if not ids:
-                    continue
-                hashes.append(int(sha256(text)[:15], 16))
-                lengths.append(len(ids))
-                read += len(ids) + 1  # and a BOS
-                yield {
-                    "number": number, "hash": hashes[-1], "label": label,
-                    "ids": ids, "length": len(ids),
-                    "dropped": len(all_ids) - len(ids), "cut": len(text) > longest,
-                }
+            kept = [text[:longest] for _, text, _ in batch]
+            encoded = tokenizer(kept, add_special_tokens=False)["input_ids"]
+            for (number, text, label), every in zip(batch, encoded):
+                ids = np.array([i for i in every if i not in special], np.int32)
+                if len(ids):
+                    key = int(sha256(text)[:15], 16)
+                    documents.append(Document(number, key, label, ids, len(every) - len(ids)))
+                    read += len(ids) + 1  # and a BOS
             bar.update(read - bar.n)
-            lacking = total - read
+            lacking = sum(wanted.values()) - read
             if lacking <= 0:  # enough in all; is it enough for each split?
-                parts = split_documents(np.array(hashes), np.array(lengths), wanted)
-                lacking = sum(shortfall(parts, np.array(lengths), wanted).values())
+                parts = split_documents(documents, wanted)
+                lacking = sum(shortfall(parts, wanted).values())
+    return documents
 
 
-def read_documents(source, model, tokenizer, wanted):
-    """Yield a DOCUMENT of each text of the source, until they fill the splits.
-
-    tokenizer() loads the tokenizer."""
-    _, vocab_size = model_shape(model, source.cache_dir)
-    check_vocabulary(model, tokenizer(), vocab_size)
-    found = False
-    texts = read_text(**source._asdict())
-    for document in tokenised(texts, tokenizer(), wanted):
-        found = True
-        yield document
-    if not found:
-        raise ValueError(f"--dataset {source.dataset} holds no text")
-
-
-def check_vocabulary(model, tokenizer, vocab_size):
-    """Raise ValueError for a tokenizer with tokens that the model has no embedding for."""
-    bos, special = special_ids(tokenizer)  # special ones are never read from text
-    special = set(special) - {bos}
-    beyond = []
-    for token, i in tokenizer.get_vocab().items():
-        if i >= vocab_size and i not in special:
-            beyond.append(token)
-    if beyond:
-        raise ValueError(
-            f"--model {model}: its tokenizer has {len(beyond)} tokens, such as {beyond[0]!r}, "
-            f"beyond the {vocab_size:,} of the model's embedding"
-        )
-
-
-def split_documents(hashes, lengths, wanted):
-    """hashes (n,), lengths (n,) in tokens -> {split: indices of its documents}.
+def split_documents(documents, wanted):
+    """Documents -> {split: its documents}, for wanted[split] tokens.
 
     In the order of their hashes, the first documents fill heldout and the next calibration: they
     are spread over what was read. The rest is train, in the order of reading. Equal texts are in
     one split; texts that are nearly equal can be in two."""
-    order = np.argsort(hashes, kind="stable")
-    filled = np.cumsum(lengths[order] + 1)  # a BOS before each document
+    in_order = sorted(documents, key=lambda document: document.hash)
+    filled = np.cumsum([len(document.ids) + 1 for document in in_order])  # a BOS before each
     parts = {}
     start = 0
     for name in ("heldout", "calibration"):
         before = filled[start - 1] if start > 0 else 0
-        end = min(np.searchsorted(filled, before + wanted[name]) + 1, len(order))
-        while end < len(order) and hashes[order[end]] == hashes[order[end - 1]]:
+        end = min(int(np.searchsorted(filled, before + wanted[name])) + 1, len(in_order))
+        while end < len(in_order) and in_order[end].hash == in_order[end - 1].hash:
             end += 1
-        parts[name] = order[start:end]
+        parts[name] = in_order[start:end]
         start = end
-    parts["train"] = np.sort(order[start:])
+    parts["train"] = sorted(in_order[start:], key=lambda document: document.number)
     return parts
 
 
-def shortfall(parts, lengths, wanted):
+def n_tokens(documents):
+    """Tokens of documents with a BOS before each."""
+    return sum(len(document.ids) + 1 for document in documents)
+
+
+def shortfall(parts, wanted):
     """{split: tokens that its documents lack to fill it}."""
-    lacking = {}
-    for name in SPLITS:
-        lacking[name] = max(0, wanted[name] - int((lengths[parts[name]] + 1).sum()))
-    return lacking
+    return {name: max(0, wanted[name] - n_tokens(parts[name])) for name in SPLITS}
 
 
-def pack(documents, chosen, n_rows, context_size, tokenizer):
-    """Yield up to n_rows rows of the chosen documents: {"tokens": (T,), "doc": (T,)}.
+def pack(documents, n_rows, context_size, bos):
+    """Up to n_rows rows of the documents, one after the other, as a Split.
 
-    BOS starts each row and stands between documents in a row; a document goes on in the next.
-    tokenizer() loads the tokenizer."""
-    bos, _ = special_ids(tokenizer())
-    tokens = []
-    owners = []
-    made = 0
-    for first in range(0, len(chosen), 32):
-        batch = documents[chosen[first : first + 32]]
-        for number, ids in zip(batch["number"], batch["ids"]):
-            tokens += [bos, *ids]
-            owners += [0] + [number + 1] * len(ids)
-        at = 0
-        while at + context_size <= len(tokens) and made < n_rows:
-            if tokens[at] == bos:
-                end = at + context_size
-                yield {"tokens": tokens[at:end], "doc": owners[at:end]}
-            else:  # it starts inside a document
-                end = at + context_size - 1
-                yield {"tokens": [bos, *tokens[at:end]], "doc": [0, *owners[at:end]]}
-            at = end
-            made += 1
-        if made == n_rows:
-            return
-        del tokens[:at]
-        del owners[:at]
+    BOS starts each row and stands between documents in a row; a document goes on in the next."""
+    tokens = np.concatenate([np.concatenate([[bos], document.ids]) for document in documents])
+    owners = np.concatenate([np.repeat([0, document.number + 1], [1, len(document.ids)])
+                             for document in documents])
+    rows = []
+    at = 0
+    while at + context_size <= len(tokens) and len(rows) < n_rows:
+        if owners[at] == 0:  # a document begins here, with its BOS
+            rows.append(np.arange(at, at + context_size))
+            at += context_size
+        else:  # inside a document: -1 is the place of one more BOS
+            rows.append(np.arange(at - 1, at + context_size - 1))
+            rows[-1][0] = -1
+            at += context_size - 1
+    place = np.array(rows)
+    split = Split(np.where(place < 0, bos, tokens[place]), np.where(place < 0, 0, owners[place]))
+    return Split(*[array.astype(np.int32) for array in split])
 
 
-def check_enough(dataset, parts, lengths, wanted, context_size):
+def check_enough(dataset, parts, wanted, context_size):
     """Raise ValueError when the documents do not fill the held-out rows and one for training."""
-    lacking = shortfall(parts, lengths, wanted)
+    lacking = shortfall(parts, wanted)
     given = wanted["train"] - lacking["train"]
     if lacking["heldout"] or lacking["calibration"] or given < context_size:
+        n_documents = sum(map(len, parts.values()))
         raise ValueError(
-            f"--dataset {dataset}, {len(lengths):,} documents of {lengths.sum():,} tokens, is too "
-            f"small for {wanted['heldout'] // context_size} held-out rows (--eval_rows), "
+            f"--dataset {dataset}, {n_documents:,} documents of "
+            f"{sum(map(n_tokens, parts.values())):,} tokens, is too small for "
+            f"{wanted['heldout'] // context_size} held-out rows (--eval_rows), "
             f"{wanted['calibration'] // context_size} for calibration and one for training, of "
-            f"{context_size} tokens; in .txt and .md files a blank line parts documents"
+            f"{context_size} tokens"
         )
     if lacking["train"] > 0:
         say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
             "asked for; training passes over them more often")
+
+
+def make_rows(folder, source, model, n_rows, context_size):
+    """Read the text, split and pack it, and write the arrays of Inputs into a folder."""
+    tokenizer = load_tokenizer(model, source.cache_dir)
+    bos, _ = special_ids(tokenizer)
+    wanted = {name: n * context_size for name, n in n_rows.items()}
+    documents = read_documents(read_text(source), tokenizer, wanted)
+    if not documents:
+        raise ValueError(f"--dataset {source.dataset} holds no text")
+    parts = split_documents(documents, wanted)
+    check_enough(source.dataset, parts, wanted, context_size)
+    for name, n in n_rows.items():
+        split = pack(parts[name], n, context_size, bos)
+        np.save(folder / f"{name}-tokens.npy", split.tokens)
+        np.save(folder / f"{name}-doc.npy", split.doc)
+    held = parts["heldout"]
+    about = {
+        "documents read": documents[-1].number + 1,
+        "without text": documents[-1].number + 1 - len(documents),
+        "repeated": len(documents) - len({document.hash for document in documents}),
+        "tokens read": sum(len(document.ids) for document in documents),
+        "special tokens dropped": sum(document.dropped for document in documents)}
+    about |= {f"documents of {name}": len(part) for name, part in parts.items()}
+    write_json(folder / "about.json", {
+        "about": about,
+        "topics": {document.number: document.label for document in held if document.label is not None},
+        "heldout": [document.number for document in held],
+        "openings": [document.ids[:OPENING].tolist() for document in held]})
 
 
 def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
@@ -944,10 +951,6 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
 
     Documents are read in order until they fill the held-out, the calibration and the training
     rows; see split_documents. ValueError when there are too few. Further options as in Source."""
-    if context_size < 2 or min(harvest_tokens, eval_rows, calibration_rows) < 1:
-        raise ValueError(
-            "--context_size must be at least 2, --harvest_tokens and --eval_rows at least 1"
-        )
     source = Source(dataset, cache_dir=cache_dir, **options)
     n_rows = {
         "heldout": eval_rows,
@@ -961,28 +964,27 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
         "rows": n_rows,
         "format": FORMAT,
     }
-    name = digest(identity)
-    wanted = {part: n * context_size for part, n in n_rows.items()}
-    # loaded when something is to be made, and then once
-    tokenizer = functools.cache(functools.partial(load_tokenizer, model, cache_dir))
-
-    make = functools.partial(read_documents, source, model, tokenizer, wanted)
-    documents = stored(make, DOCUMENT, f"{name}-documents", cache_dir)
-    hashes = np.array(documents["hash"][:], np.int64)
-    lengths = np.array(documents["length"][:], np.int64)
-    parts = split_documents(hashes, lengths, wanted)
-    check_enough(dataset, parts, lengths, wanted, context_size)
-    tokens = datasets.List(datasets.Value("int32"), length=context_size)
-    row = datasets.Features(tokens=tokens, doc=tokens)
-    rows = {}
-    for part, n in n_rows.items():
-        make = functools.partial(pack, documents, parts[part], n, context_size, tokenizer)
-        packed = stored(make, row, f"{name}-{part}", cache_dir)
-        rows[part] = packed.with_format("numpy", dtype=np.int32)
-    heldout = documents[parts["heldout"]]
-    labelled = zip(heldout["number"], heldout["label"])
-    topics = {number: label for number, label in labelled if label is not None}
-    return Inputs(**rows, topics=topics, identity=identity, documents=documents, parts=parts)
+    folder = cache_root(cache_dir) / f"rows-{digest(identity)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():  # it is put in place whole
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="rows-") as part:
+                made = Path(part) / "rows"
+                made.mkdir()
+                make_rows(made, source, model, n_rows, context_size)
+                os.replace(made, folder)
+    found = read_json(folder / "about.json")
+    dropped = found["about"]["special tokens dropped"]
+    if dropped > 0.01 * found["about"]["tokens read"]:
+        say(f"note: {dropped:,} tokens of --dataset {dataset} were dropped, for the tokenizer calls "
+            f"them special; {found['about']['tokens read']:,} are left")
+    topics = {int(number): label for number, label in found["topics"].items()}
+    splits = {}
+    for name in SPLITS:
+        arrays = [np.load(folder / f"{name}-{of}.npy", mmap_mode="r") for of in Split._fields]
+        splits[name] = Split(*arrays)
+    return Inputs(**splits, topics=topics, openings=found["openings"], about=found["about"],
+                  identity=identity)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1011,24 +1013,19 @@ def read_acts(path):
             (acts,) = tensors.values()
         else:
             # copy on write: torch warns of arrays that cannot be written to
-            array = np.load(path, mmap_mode="c", allow_pickle=False)
-            acts = torch.from_numpy(array)
+            acts = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     except (ValueError, TypeError, OSError, EOFError, SafetensorError) as error:
-        reason = first_line(error).split(". ")[0]
         raise ValueError(
-            f"--acts {path} cannot be read as a .npy or .safetensors file ({reason})"
+            f"--acts {path} cannot be read as a .npy or .safetensors file ({first_line(error)})"
         ) from None
-    if acts.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not acts.is_floating_point() or acts.ndim != 3 or len(acts) < 8 or acts.shape[1] < 2:
         raise ValueError(
-            f"--acts {path} holds {acts.dtype}; give float32, float16 or, as .safetensors, bfloat16"
+            f"--acts {path} must be floating point, (N,T,d_in) with 8 rows or more of 2 tokens or "
+            f"more, not {acts.dtype} {tuple(acts.shape)}"
         )
-    if not acts.is_contiguous():
-        raise ValueError(f"--acts {path} is in Fortran order: save np.ascontiguousarray of it")
-    if acts.ndim != 3 or 0 in acts.shape or acts.shape[1] < 2:
-        raise ValueError(
-            f"--acts {path} must be (N,T,d_in) with rows of T tokens, two at least, not "
-            f"{tuple(acts.shape)}"
-        )
+    for block in acts.split(256):
+        if not torch.isfinite(block).all():
+            raise ValueError(f"--acts {path} holds NaN or infinity")
     return acts
 
 
@@ -1043,11 +1040,11 @@ def read_mask(path, shape):
         raise ValueError(
             f"--acts_mask {path} is not a plain .npy file ({first_line(error)})"
         ) from None
-    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "iub" or mask.shape != shape:
-        found = f"{getattr(mask, 'shape', '?')} {getattr(mask, 'dtype', 'an archive')}"
-        raise ValueError(f"--acts_mask {path} must hold integers {shape}, not {found}")
-    if mask.min() < 0 or mask.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"--acts_mask {path} must hold 0 or a document's number, from 1 to 2^31-1")
+    if mask.dtype.kind not in "iub" or mask.shape != shape or mask.min() < 0:
+        raise ValueError(
+            f"--acts_mask {path} must hold whole numbers {shape}, 0 or the number of each token's "
+            f"document, not {mask.dtype} {mask.shape}"
+        )
     return mask.astype(np.int32)
 
 
@@ -1061,11 +1058,6 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     if not path.is_file():
         raise ValueError(f"--acts {path}: no such file")
     acts = read_acts(path)
-    if len(acts) < 8:
-        raise ValueError(f"--acts {path} has {len(acts)} rows; at least 8 are needed")
-    for start in range(0, len(acts), 256):
-        if not torch.isfinite(acts[start : start + 256]).all():
-            raise ValueError(f"--acts {path} holds NaN or infinity")
     doc = read_mask(mask_path, tuple(acts.shape[:2]))
     first = np.take_along_axis(doc, (doc > 0).argmax(axis=1)[:, None], axis=1)[:, 0]
     # by the hash of a row's first document; rows without a document come last
@@ -1087,8 +1079,8 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
             f"--acts_mask {mask_path} has too few documents: none is left for training when some "
             "are held out"
         )
-    (file,) = files_identity(path.parent, [path])
-    identity = {"acts": file, "heldout": n_heldout, "calibration": n_calibration}
+    identity = {"acts": files_identity([path])[0], "heldout": n_heldout,
+                "calibration": n_calibration}
     if mask_path:
         identity["mask"] = sha256(doc)
     return Acts(acts, doc, train, heldout, calibration, identity)
@@ -1099,22 +1091,12 @@ def sink_limit(norms):
 
     A sink is no feature of the text, yet most of the variance. Such tokens, and those of norm 0,
     are left out of training and of judging alike."""
-    norms = np.asarray(norms)
-    if norms.size == 0:
-        return math.inf
     return 10 * float(np.median(norms))
 
 
 # ----------------------------------------------------------------------------------------
 # 7. The command
 # ----------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports bad usage in one sentence, as any other mistake."""
-
-    def error(self, message):
-        raise ValueError(message)
 
 
 def parse(argv):
@@ -1125,10 +1107,11 @@ def parse(argv):
     )
     options = {
         "model": (EMBEDDED_LM, "an embedded model, a hub id, or a local folder"),
-        "dataset": (EMBEDDED_TEXT, f"the embedded text, a hub data set, or a local path: {ENDINGS}"),
+        "dataset": (EMBEDDED_TEXT, "the embedded text, a hub data set, or a local file or folder"),
         "dataset_config": ("", "configuration of a data set that has several"),
         "split": ("train", "split of the data set"),
         "text_field": ("text", "column that holds the text; a.b reads a nested one"),
+        "sample_by": ("", "document, paragraph or line: what of a .txt file is one document"),
         "encoding": ("utf-8", "of local text files"),
         "context_size": (128, "tokens a row, BOS included"),
         "harvest_tokens": (524_288, "training tokens"),
@@ -1143,42 +1126,29 @@ def parse(argv):
 
 def show(inputs, tokenizer):
     """Print what a run would train on."""
-    read = inputs.documents.with_format("numpy")
-    numbers, lengths, hashes = read["number"][:], read["length"][:], read["hash"][:]
-    n = numbers[-1] + 1
-    print(f"documents read   {n:,}")
-    print(f"  without text   {n - len(numbers):,}")
-    repeated = len(hashes) - len(np.unique(hashes))
-    print(f"  repeated       {repeated:,} (equal texts stay in one split)")
-    print(f"  cut            {read['cut'][:].sum():,} (longer than all that is wanted)")
-    print(f"tokens read      {lengths.sum():,}")
-    print(f"  dropped        {read['dropped'][:].sum():,} special tokens spelt out in texts")
-    for part in SPLITS:
-        chosen = inputs.parts[part]
-        print(f"{part:16s} {len(chosen):,} documents, {lengths[chosen].sum():,} tokens -> "
-              f"{len(getattr(inputs, part)):,} rows")
-    print(f"topics           {len(set(inputs.topics.values())):,}, in {len(inputs.topics):,} "
-          "held-out documents")
-    print("held out are the documents whose text has the lowest SHA-256: numbers "
-          f"{', '.join(map(str, sorted(numbers[inputs.parts['heldout']])[:8]))}, ...")
-    for i, row in enumerate(inputs.train[:3]["tokens"]):
+    for what, n in inputs.about.items():
+        print(f"{what:25} {n:,}")
+    for name in SPLITS:
+        print(f"{'rows of ' + name:25} {len(getattr(inputs, name).tokens):,}")
+    print(f"{'topics':25} {len(set(inputs.topics.values())):,}, in {len(inputs.topics):,} held-out "
+          "documents")
+    for i, row in enumerate(inputs.train.tokens[:3]):
         print(f"--- training row {i}\n{tokenizer.decode(row)}")
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0, 1 failed, 2 the user's mistake, 130 interrupted."""
-    try:
-        options = vars(parse(argv))
-        check_model(options["model"], 0, options["context_size"])
-        inputs = text_rows(**options)
-        show(inputs, load_tokenizer(options["model"], options["cache_dir"]))
-        return 0
-    except KeyboardInterrupt:
-        say("stopped")
-        return 130
-    except Exception as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    """The command. Returns the exit code: 0, 1 failed, 2 the user's mistake, 130/143 stopped."""
+    with Stop() as stop:
+        try:
+            options = vars(parse(argv))
+            check_model(options["model"], 0, options["context_size"])
+            inputs = text_rows(**options)
+            show(inputs, load_tokenizer(options["model"], options["cache_dir"]))
+            return 0
+        except Interrupted:
+            return stop.exit_code(argv)
+        except Exception as error:
+            return report(error, debug=False)
 
 
 if __name__ == "__main__":
