@@ -51,7 +51,6 @@ trained on; BOS, EOS, PAD and attention sinks are left out:
 # temporal loss binds) and rest. Sums are in float64 with one division at the end.
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import itertools
@@ -86,44 +85,19 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", message="Mean of empty slice|invalid value encountered")
 
 SOURCE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-REPO = Path(__file__).resolve().parent
+RUNS = Path(__file__).resolve().parent / "runs"
 
-# A decorator that limits BLAS to one thread, which is no slower for small products and adds up in a
-# fixed order.
+# A decorator: BLAS on one thread adds up in a fixed order, and is no slower for small products.
 one_thread = threadpool_limits.wrap(limits=1)
 
 BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
-LOGIT_TOKENS = 512  # tokens whose logits are alive at a time: 512 x 49,152 float32 is 100 MB
-LAGS = (1, 2, 4, 8, 16, 32, 64)
 BEST_LAG = 16  # lag at which the best latents are chosen and the slowest directions fitted
 MIN_FIRINGS = 20  # latents that fire less often have no correlation worth averaging
 SAMPLE_ROWS = 512  # rows whose codes are kept (sparse), for all but fidelity
 SAMPLE_CODES = 20_000_000  # and at most so many codes: 240 MB
 MATRIX_SIDE = 128  # position matrices are at most this wide; longer contexts share cells
-REDUNDANT = 0.9  # two latents are redundant when their codes correlate above this
-MAX_COMPARED = 4096  # latents in the latent x latent matrix: 134 MB in float64
-SHOWN_LATENTS = 80  # of it in the picture
-DEFAULT_LEAD = 0.2  # share of the dictionary that counts as the lead where a run has none
-PROBE_K = 5  # latents that a sparse probe reads
-TOPIC_TOKENS = 9000  # single tokens in the topic probe
-TOPIC_FROM = 8  # ... each at least so many tokens after the first of its segment
-CLASS_TOKENS = 8000  # tokens a side in the token class probe
-ID_DOCUMENTS = 120  # documents told apart by the document probe,
-ID_LEAST = 40  # each with so many valid tokens at least,
-ID_TOKENS = 25  # of which it reads the last so many
-ID_DRAWS = 4  # draws of documents and of the training side, of which it gives the mean
+ID_TOKENS = 25  # tokens of a document that the document probe reads
 EDGE = 8  # tokens on each side of a place that may be a boundary
-PLACES = 8  # parts of a row that the position probe tells apart
-PLACE_TOKENS = 8000  # tokens a side in that probe
-PASSAGES = 160  # passages that are read twice for shift_consistency,
-PASSAGE_FROM, PASSAGE_TO = 4, 48  # ... these tokens of each,
-PASSAGE_AFTER = 64  # ... the second time after so many tokens of another document
-FIT_ROWS = 512  # training rows on which the slowest linear directions are fitted
-LIMIT_FIRST = (10, 50, 100)
-SMOOTHING = 0.8  # of the moving average of codes, and how many tokens it goes back
-SMOOTHING_TOKENS = 32
-NO_BEHAVIOUR = "ce_loss_score, kl_div_score"  # the note that says why these are null
-NO_VALUE = "null: too few tokens, pairs, latents that fire, documents or topics to give a value"
 # what config.json or the command line may say of the text, handed on to prepare.text_rows
 TEXT_OPTIONS = (
     "context_size", "harvest_tokens", "eval_rows", "text_field", "dataset_config", "split",
@@ -131,7 +105,7 @@ TEXT_OPTIONS = (
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Numbers
+# 1. Numbers and names; the SAE: any folder in SAELens' format
 # --------------------------------------------------------------------------------------------------
 
 
@@ -142,19 +116,16 @@ def plain(value, digits=None):
     """
     if isinstance(value, dict):
         return {str(key): plain(part, digits) for key, part in value.items()}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [plain(part, digits) for part in value]
-    if isinstance(value, (np.generic, torch.Tensor)):
-        value = value.item()
-    if not isinstance(value, float):
-        return value
-    if not math.isfinite(value):
-        return None
-    if digits is None:
-        return value
-    return float(f"{value:.{digits}g}")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        if digits is not None:
+            return float(f"{value:.{digits}g}")
+    return value
 
 
 def ratio(a, b):
@@ -164,21 +135,12 @@ def ratio(a, b):
     return float(a) / float(b)
 
 
-def has_null(value):
-    """Whether a null stands anywhere inside JSON of numbers."""
-    return "null" in json.dumps(value)
-
-
 def public_name(name):
     """A model's or data set's name as it may be published: of a local path the last part."""
     path = Path(name).expanduser()
     if path.is_absolute() or path.exists():
         return path.resolve().name
     return str(name)
-
-# --------------------------------------------------------------------------------------------------
-# 2. The SAE: any folder in SAELens' format
-# --------------------------------------------------------------------------------------------------
 
 
 def tensor_hash(tensors):
@@ -191,64 +153,50 @@ def tensor_hash(tensors):
     return digest.hexdigest()
 
 
-class SAE:
+class SAE(torch.nn.Module):
     """A sparse autoencoder as it is used: it encodes one token at a time.
 
         acts  = select(act(W_enc^T (norm(x) - b_dec) + b_enc))
         x_hat = unnorm(W_dec^T acts + b_dec)
 
     select: nothing (standard), the k largest (topk), what exceeds its threshold (jumprelu). act:
-    ReLU, or GELU in our variant. norm: none, layer_norm or constant_norm_rescale, as in SAELens.
-    Where apply_b_dec_to_input is false, b_dec is not subtracted. All tensors are float32.
+    ReLU, or GELU in our variant. norm: none or layer_norm, as in SAELens. Where
+    apply_b_dec_to_input is false, b_dec is not subtracted. All tensors are float32.
     """
 
     def __init__(self, spec, tensors):
         """spec: the contents of cfg.json. KeyError or ValueError where something is missing."""
+        super().__init__()
         self.spec = spec
-        ours = spec.get("temporal_sae") or {}
-        architecture = spec.get("architecture", "standard")
-        self.selection = architecture.removeprefix("temporal_sae_")
-        if self.selection not in ("standard", "topk", "jumprelu"):
-            raise ValueError(f"architecture {architecture} is none of standard, topk, jumprelu")
+        self.selection = spec.get("architecture", "standard").removeprefix("temporal_sae_")
         self.norm = spec.get("normalize_activations") or "none"
-        if self.norm not in ("none", "layer_norm", "constant_norm_rescale"):
-            raise ValueError(
-                f"normalize_activations {self.norm} needs a number that cfg.json does not hold: "
-                "fold it into the weights and save the SAE again")
-        if spec.get("reshape_activations", "none") not in ("none", None):
-            raise ValueError(f"reshape_activations {spec['reshape_activations']} is not supported")
-        if spec.get("finetuning_scaling_factor"):
-            raise ValueError("it was fine-tuned with a scaling factor: fold that into W_dec")
         act = spec.get("activation_fn") or spec.get("activation_fn_str") or "relu"
-        if act not in ("relu", "topk"):
-            raise ValueError(f"its activation function {act} is neither relu nor topk")
-        d_in = spec["d_in"]
-        d_sae = spec["d_sae"]
+        supported = {
+            "architecture": (self.selection, ("standard", "topk", "jumprelu")),
+            "normalize_activations": (self.norm, ("none", "layer_norm")),
+            "reshape_activations": (spec.get("reshape_activations") or "none", ("none",)),
+            "finetuning_scaling_factor": (bool(spec.get("finetuning_scaling_factor")), (False,)),
+            "the activation function": (act, ("relu", "topk"))}
+        for name, (value, known) in supported.items():
+            if value not in known:
+                raise ValueError(f"{name} {value} is not supported")
+        d_in, d_sae = tensors["W_enc"].shape
         shapes = {
             "W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
         if self.selection == "jumprelu":
             shapes["threshold"] = (d_sae,)
         for name, shape in shapes.items():
-            if name not in tensors:
-                raise ValueError(f"the tensor {name} is missing")
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}")
-            setattr(self, name, tensors[name].float())
+            self.register_buffer(name, tensors[name].float())
         if self.selection == "standard" and act == "topk":  # so SAELens 3 to 5 wrote it
             self.selection = "topk"
         k = spec.get("k") or (spec.get("activation_fn_kwargs") or {}).get("k") or 100
         self.k = min(int(k), d_sae)  # of topk: 100 is SAELens' default where it is absent
-        self.gelu = ours.get("nonlinearity") == "gelu"
+        self.gelu = (spec.get("temporal_sae") or {}).get("nonlinearity") == "gelu"
         self.scale = float(tensors.get("scale", 1.0))
-        self.input_bias = self.b_dec * bool(spec.get("apply_b_dec_to_input", True))
+        self.subtracts_b_dec = bool(spec.get("apply_b_dec_to_input", True))
         self.rescaled = bool(spec.get("rescale_acts_by_decoder_norm", False))
-
-    def to(self, device):
-        """Move all tensors; returns self."""
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(self, name, value.to(device))
-        return self
 
     def normalise(self, x):
         """x (..., d_in) -> (normalised x, scale, shift): x = normalised * scale + shift."""
@@ -256,15 +204,14 @@ class SAE:
             mean = x.mean(-1, keepdim=True)
             std = x.std(-1, keepdim=True)
             return (x - mean) / (std + 1e-5), std, mean
-        if self.norm == "constant_norm_rescale":
-            size = x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
-            return x / size, size, 0.0
         return x, 1.0, 0.0
 
     def encode(self, x):
         """x (..., d_in) raw activations in float32 -> acts (..., d_sae)."""
         x, _, _ = self.normalise(x)
-        pre = (x - self.input_bias) @ self.W_enc + self.b_enc
+        if self.subtracts_b_dec:
+            x = x - self.b_dec
+        pre = x @ self.W_enc + self.b_enc
         if self.rescaled:  # SAELens, for topk: latents compete as if decoder rows had unit norm
             pre = pre * self.W_dec.norm(dim=1)
         if self.gelu:  # not homogeneous, so it is taken at the scale it was trained at
@@ -294,29 +241,26 @@ def load_sae(folder, device="cpu"):
     or of a kind that is not known here.
     """
     folder = Path(folder)
-    spec_file = folder / "cfg.json"
-    weights_file = folder / "sae_weights.safetensors"
-    for path in (spec_file, weights_file):
-        if not path.is_file():
-            raise ValueError(
-                f"{folder} holds no weights ({path.name} is missing); git does not keep ours: "
-                "train the run again")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no weights ({name} is missing); git does not keep "
+                             "ours: train the run again")
     try:
-        spec = prepare.read_json(spec_file)
-        tensors = load_file(weights_file)
+        spec = prepare.read_json(folder / "cfg.json")
+        tensors = load_file(folder / "sae_weights.safetensors")
         recorded = (spec.get("temporal_sae") or {}).get("sha256")
         if recorded and tensor_hash(tensors) != recorded:
             raise ValueError("they are not the ones that were trained: their SHA-256 differs")
         return SAE(spec, tensors).to(device)
     except KeyError as error:
-        raise ValueError(f"{folder}: cfg.json does not say {error}") from None
+        raise ValueError(f"{folder}: the weights have no tensor {error}") from None
     except (SafetensorError, ValueError, TypeError, AttributeError, OSError) as error:
         reason = prepare.first_line(error)
         raise ValueError(f"{folder}: the weights cannot be used ({reason})") from None
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Rows of held-out text
+# 2. Rows of held-out text, and the language model that reads them
 # --------------------------------------------------------------------------------------------------
 
 
@@ -353,11 +297,10 @@ class Rows:
     @functools.cached_property
     def topic_members(self):
         """{topic: (n,) bool, the tokens of its documents}; "Uncategorized" is none."""
-        numbers = defaultdict(list)
-        for number, label in self.topics.items():
-            if label.lower() != "uncategorized":
-                numbers[label].append(number + 1)
-        return {label: np.isin(self.flat_doc, numbers[label]) for label in sorted(numbers)}
+        documents = np.array([number + 1 for number in self.topics], int)
+        labels = np.array(list(self.topics.values()), object)
+        return {label: np.isin(self.flat_doc, documents[labels == label])
+                for label in sorted(set(labels)) if label.lower() != "uncategorized"}
 
     @functools.cached_property
     def in_train(self):
@@ -365,6 +308,23 @@ class Rows:
         documents = np.unique(self.flat_doc[self.valid])
         chosen = np.random.default_rng(0).permutation(len(documents)) < 0.7 * len(documents)
         return np.isin(self.flat_doc, documents[chosen])
+
+    @functools.cached_property
+    def draws(self):
+        """[(last ID_TOKENS tokens of each of 120 documents or fewer, a random order of them)].
+
+        Four draws among the documents with 40 valid tokens; none if there is one such document.
+        """
+        documents, size = np.unique(self.flat_doc[self.valid], return_counts=True)
+        documents = documents[size >= 40]
+        n = min(len(documents), 120)
+        rng = np.random.default_rng(0)
+        draws = []
+        for _ in range(4 if n > 1 else 0):
+            chosen = rng.permutation(documents)[:n]
+            last = [np.flatnonzero(self.flat_doc == number)[-ID_TOKENS:] for number in chosen]
+            draws.append((np.concatenate(last), rng.permutation(n * ID_TOKENS)))
+        return draws
 
 
 def segment_ids(doc):
@@ -392,15 +352,9 @@ def permute_segments(seg, rng):
     """(n,) index that shuffles the valid tokens of each segment and leaves the others in place."""
     valid = np.flatnonzero(seg >= 0)
     place = valid[np.argsort(seg[valid], kind="stable")]
-    source = valid[np.lexsort((rng.random(valid.size), seg[valid]))]
     index = np.arange(seg.size)
-    index[place] = source
+    index[place] = valid[np.lexsort((rng.random(valid.size), seg[valid]))]
     return index
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. The language model: its activations, and its behaviour with reconstructed ones
-# --------------------------------------------------------------------------------------------------
 
 
 class StopForward(Exception):
@@ -412,14 +366,9 @@ def output_replaced(block, replace):
     """While open, the residual output h (B,T,d_in) of a decoder block is replace(h)."""
 
     def hook(module, inputs, output):
-        h = output
         if isinstance(output, tuple):
-            h = output[0]
-        if not torch.is_tensor(h) or h.ndim != 3:
-            raise ValueError(f"the output of {type(block).__name__} is not (rows, tokens, d_in)")
-        if isinstance(output, tuple):
-            return (replace(h), *output[1:])
-        return replace(h)
+            return (replace(output[0]), *output[1:])
+        return replace(output)
 
     handle = block.register_forward_hook(hook)
     try:
@@ -454,18 +403,27 @@ def cached_activations(cfg, lm, block, tokens):
         "tokens": prepare.sha256(tokens), "batch_rows": BATCH_ROWS}  # last bits depend on the batch
     path = prepare.cache_root(cfg["cache_dir"]) / f"heldout-{prepare.digest(identity)}.safetensors"
     if not path.exists():
-        starts = range(0, len(tokens), BATCH_ROWS)
-        blocks = []
-        for start in tqdm(starts, desc="activations", leave=False, disable=None):
-            x = residuals(lm, block, tokens[start:start + BATCH_ROWS])
-            blocks.append(x.to(lm.dtype).cpu())
-        made = {"acts": torch.cat(blocks)}
+        starts = tqdm(range(0, len(tokens), BATCH_ROWS), "activations", leave=False, disable=None)
+        batches = (tokens[start:start + BATCH_ROWS] for start in starts)
+        made = {"acts": torch.cat([
+            residuals(lm, block, batch).to(lm.dtype).cpu() for batch in batches])}
         prepare.write_whole(path, functools.partial(save_file, made))
-    try:
-        return load_file(path)["acts"]
-    except SafetensorError as error:
-        reason = prepare.first_line(error)
-        raise RuntimeError(f"{path} is damaged ({reason}): delete it and score again") from None
+    return load_file(path)["acts"]
+
+
+def leave_out_sinks(rows, acts):
+    """Rows with doc 0 at tokens whose activation is no feature of the text.
+
+    As in training, with the median of these rows: attention sinks, whose norm is above
+    prepare.sink_limit of the ordinary tokens' norms, and zero activations.
+    """
+    norms = torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32).double().numpy()
+    valid = rows.doc > 0
+    ordinary = valid & (norms > 0)
+    if not np.isfinite(norms[valid]).all() or not ordinary.any():
+        raise ValueError("the held-out activations hold NaN or infinity, or are all 0")
+    left_out = (norms > prepare.sink_limit(norms[ordinary])) | (norms == 0)
+    return Rows(rows.tokens, np.where(left_out, 0, rows.doc).astype(np.int32), rows.topics)
 
 
 @torch.inference_mode()
@@ -477,79 +435,67 @@ def lm_behaviour(lm, block, saes, rows):
     SAE runs; the ablation zeroes every position (SAEBench's protocol). The scores are ratios of
     pooled means: 1 is as clean, 0 as ablated. -> one dict for each SAE.
     """
-    names = ["clean", "ablation", *range(len(saes))]
-    ce = dict.fromkeys(names, 0.0)
-    kl = dict.fromkeys(names, 0.0)
-    step = max(1, LOGIT_TOKENS // rows.doc.shape[1])
-    starts = range(0, len(rows.doc), step)
+    ce = defaultdict(list)  # values of single tokens
+    kl = defaultdict(list)
     ablated = None
-    for start in tqdm(starts, desc="CE and KL", leave=False, disable=None):
+    step = max(1, 512 // rows.context)  # logits of 512 tokens at a time: 100 MB of 49,152 words
+    for start in tqdm(range(0, len(rows.doc), step), desc="CE and KL", leave=False, disable=None):
         ids = torch.from_numpy(rows.tokens[start:start + step]).to(lm.device)
         valid = torch.from_numpy(rows.doc[start:start + step] > 0).to(lm.device)
         edits = {"clean": torch.clone, "ablation": torch.zeros_like}
         for number, sae in enumerate(saes):
-            edits[number] = reconstruction(sae, valid)
-        for name in names:
+            edits[number] = functools.partial(reconstructed, sae=sae, valid=valid)
+        for name, edit in edits.items():
             if name == "ablation" and ablated is not None:
                 logp = ablated.expand(len(ids), -1, -1)
             else:
-                with output_replaced(block, edits[name]):
+                with output_replaced(block, edit):
                     logp = lm(ids, use_cache=False).logits.float().log_softmax(-1)
             if name == "ablation" and len(ids) > 1 and torch.equal(logp, logp[:1].expand_as(logp)):
                 ablated = logp[:1]  # the same for every row: what lies above reads zeros only
             next_logp = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-            ce[name] -= next_logp[valid[:, :-1]].cpu().double().sum().item()
+            ce[name].append(-next_logp[valid[:, :-1]].cpu().double())
             if name == "clean":
                 clean = logp
                 p = logp.exp()
-            else:
-                divergence = (clean - logp).mul_(p).sum(-1)
-                kl[name] += divergence[valid].cpu().double().sum().item()
-    n_ce = int((rows.doc[:, :-1] > 0).sum())
-    n_kl = int((rows.doc > 0).sum())
-    ce = {name: ratio(value, n_ce) for name, value in ce.items()}
-    kl = {name: ratio(value, n_kl) for name, value in kl.items()}
+            divergence = (clean - logp).mul_(p).sum(-1)
+            kl[name].append(divergence[valid].cpu().double())
+    ce = {name: torch.cat(values).mean().item() for name, values in ce.items()}
+    kl = {name: torch.cat(values).mean().item() for name, values in kl.items()}
     return [behaviour_scores(ce, kl, number) for number in range(len(saes))]
 
 
-def reconstruction(sae, valid):
-    """A function that replaces h (B,T,d_in) by its reconstruction where valid (B,T) is True."""
-
-    def replace(h):
-        x = h.float()
-        x_hat = sae.decode(sae.encode(x), x).to(h.dtype)
-        return torch.where(valid[..., None], x_hat, h)
-    return replace
+def reconstructed(h, sae, valid):
+    """h (B,T,d_in) -> its reconstruction where valid (B,T) is True, h elsewhere."""
+    x = h.float()
+    x_hat = sae.decode(sae.encode(x), x).to(h.dtype)
+    return torch.where(valid[..., None], x_hat, h)
 
 
 def behaviour_scores(ce, kl, name):
-    """SAEBench's names for one SAE, from the mean CE and KL of each kind of run."""
+    """SAEBench's blocks for one SAE, from the mean CE and KL of each kind of run."""
     return {
-        "kl_div_score": ratio(kl["ablation"] - kl[name], kl["ablation"]),
-        "kl_div_with_ablation": kl["ablation"],
-        "kl_div_with_sae": kl[name],
-        "ce_loss_score": ratio(ce["ablation"] - ce[name], ce["ablation"] - ce["clean"]),
-        "ce_loss_with_ablation": ce["ablation"],
-        "ce_loss_with_sae": ce[name],
-        "ce_loss_without_sae": ce["clean"]}
+        "model_behavior_preservation": {
+            "kl_div_score": ratio(kl["ablation"] - kl[name], kl["ablation"]),
+            "kl_div_with_ablation": kl["ablation"], "kl_div_with_sae": kl[name]},
+        "model_performance_preservation": {
+            "ce_loss_score": ratio(ce["ablation"] - ce[name], ce["ablation"] - ce["clean"]),
+            "ce_loss_with_ablation": ce["ablation"], "ce_loss_with_sae": ce[name],
+            "ce_loss_without_sae": ce["clean"]}}
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Fidelity and sparsity, as we mean them and as SAEBench 0.6.0 does; core.json
+# 3. Fidelity and sparsity, as we mean them and as SAEBench 0.6.0 does; core.json
 # --------------------------------------------------------------------------------------------------
 
 
 class Fidelity:
-    """Sums for reconstruction and sparsity of one SAE.
-
-    SAEBench's batch-wise quantities need batches of BATCH_ROWS rows.
-    """
+    """Sums for reconstruction and sparsity of one SAE, over batches of BATCH_ROWS rows."""
 
     def __init__(self, W_dec):
         d_sae, d_in = W_dec.shape
         self.unit = W_dec.cpu().double().norm(dim=1).numpy()  # decoder rows count at unit norm
         self.tokens = 0
-        self.batches = 0
         self.x_sum = torch.zeros(d_in, dtype=torch.float64)
         self.sums = Counter()  # over tokens; `update` adds
         self.batch_sums = Counter()  # over batches
@@ -566,21 +512,19 @@ class Fidelity:
         xx = (x * x).sum(1)
         yy = (y * y).sum(1)
         xy = (x * y).sum(1)
-        norm_in = xx.sqrt()
-        norm_out = yy.sqrt()
-        # a zero vector has no direction, its cosine counts as 0; x_hat = x gives exactly 1
-        cos = torch.where(xx * yy > 0, xy / (xx * yy).sqrt(), 0.0)
-        self.sums.update({name: value.sum().item() for name, value in {
-            "rr": rr, "xx": xx, "yy": yy, "xy": xy, "cos": cos,
-            "norm_in": norm_in, "norm_out": norm_out,
-            "norm_ratio": norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in),
+        of_tokens = {
+            "rr": rr, "xx": xx, "yy": yy, "xy": xy, "norm_in": xx.sqrt(), "norm_out": yy.sqrt(),
+            # a zero vector has no direction, its cosine counts as 0; x_hat = x gives exactly 1
+            "cos": torch.where(xx * yy > 0, xy / (xx * yy).sqrt(), 0.0),
+            "norm_ratio": yy.sqrt() / torch.where(xx.sqrt() < 1e-4, 1.0, xx.sqrt()),
             # SAEBench's explained_variance_legacy, a mean over tokens of each one's own ratio
-            "legacy": 1 - rr / (x - x.mean(0)).square().sum(1)}.items()})
+            "legacy": 1 - rr / (x - x.mean(0)).square().sum(1)}
+        self.sums.update({name: value.sum().item() for name, value in of_tokens.items()})
         self.batch_sums.update({
-            "mse": rr.mean().item(), "bias": ratio(yy.mean(), xy.mean()), "xx": xx.mean().item()})
+            "n": 1, "mse": rr.mean().item(), "xx": xx.mean().item(),
+            "bias": ratio(yy.mean(), xy.mean())})
         self.x_sum += x.sum(0)
         self.tokens += len(x)
-        self.batches += 1
         self.fires += codes.getnnz(axis=0)
         self.positive += (codes > 0).getnnz(axis=0)
         self.total += column_sums(codes)
@@ -611,21 +555,19 @@ class Fidelity:
         """
         n = self.tokens
         s = self.sums
-        power = self.batch_sums["xx"] / self.batches
-        residual = self.batch_sums["mse"] / self.batches  # |x - y|^2 a token, over all dimensions
+        power = self.batch_sums["xx"] / self.batch_sums["n"]
+        residual = self.batch_sums["mse"] / self.batch_sums["n"]  # |x - y|^2 a token
         faulty = power - (power / len(self.x_sum)) ** 2
-        quality = {
-            "explained_variance": 1 - ratio(residual, faulty),
-            "explained_variance_legacy": s["legacy"] / n,
-            "mse": self.batch_sums["mse"] / n,
-            "cossim": s["cos"] / n}
-        shrinkage = {
-            "l2_norm_in": s["norm_in"] / n,
-            "l2_norm_out": s["norm_out"] / n,
-            "l2_ratio": s["norm_ratio"] / n,
-            "relative_reconstruction_bias": self.batch_sums["bias"] / self.batches}
-        sparsity = {"l0": self.fires.sum() / n, "l1": self.total.sum() / n}
-        return {"reconstruction_quality": quality, "shrinkage": shrinkage, "sparsity": sparsity}
+        return {
+            "reconstruction_quality": {
+                "explained_variance": 1 - ratio(residual, faulty),
+                "explained_variance_legacy": s["legacy"] / n,
+                "mse": self.batch_sums["mse"] / n, "cossim": s["cos"] / n},
+            "shrinkage": {
+                "l2_norm_in": s["norm_in"] / n, "l2_norm_out": s["norm_out"] / n,
+                "l2_ratio": s["norm_ratio"] / n,
+                "relative_reconstruction_bias": self.batch_sums["bias"] / self.batch_sums["n"]},
+            "sparsity": {"l0": self.fires.sum() / n, "l1": self.total.sum() / n}}
 
 
 def misc_metrics(sae, density):
@@ -633,16 +575,15 @@ def misc_metrics(sae, density):
 
     normalized_freq_over_*: the share of all firings that the frequent latents have.
     """
-    out = {"frac_alive": (density > 0).mean()}
+    out = {
+        "frac_alive": (density > 0).mean(),
+        "average_max_encoder_cosine_sim": max_cosine(sae.W_enc.T).mean(),
+        "average_max_decoder_cosine_sim": max_cosine(sae.W_dec).mean()}
     for percent in (1, 10):
         frequent = density > percent / 100
-        share = 0.0
-        if density.any():
-            share = density[frequent].sum() / density.sum()
         out[f"freq_over_{percent}_percent"] = frequent.mean()
+        share = density[frequent].sum() / density.sum() if density.any() else 0
         out[f"normalized_freq_over_{percent}_percent"] = share
-    out["average_max_encoder_cosine_sim"] = max_cosine(sae.W_enc.T).mean()
-    out["average_max_decoder_cosine_sim"] = max_cosine(sae.W_dec).mean()
     return out
 
 
@@ -658,57 +599,48 @@ def max_cosine(W):
     return torch.cat(best).double().cpu()
 
 
-def core_config(record):
-    """SAEBench's eval_config: what was evaluated and which parts of it."""
-    counts = record["counts"]
-    return {
-        "model_name": record["scored_on"]["model"],
-        "llm_dtype": record["scored_on"]["dtype"],
-        "batch_size_prompts": BATCH_ROWS,
-        "n_eval_reconstruction_batches": math.ceil(counts["reconstruction_rows"] / BATCH_ROWS),
-        "n_eval_sparsity_variance_batches": math.ceil(counts["rows"] / BATCH_ROWS),
-        "dataset": record["scored_on"]["dataset"],
-        "context_size": counts["context"],
-        "compute_kl": True, "compute_ce_loss": True, "compute_l2_norms": True,
-        "compute_sparsity_metrics": True, "compute_variance_metrics": True,
-        "compute_featurewise_density_statistics": False,
-        "compute_featurewise_weight_based_metrics": False,
-        "exclude_special_tokens_from_reconstruction": True, "verbose": False}
+def null_notes(blocks):
+    """{block: why} of the blocks of JSON that hold a null."""
+    why = "null: too few tokens, pairs, latents that fire, documents or topics, or 0/0"
+    return {name: why for name, block in blocks.items() if "null" in json.dumps(block)}
 
 
 def core_json(sae, fidelity, behaviour, record):
     """SAEBench's core result of one seed; our own values stand under eval_result_unstructured.
 
     Rows of single latents (eval_result_details) are left out. record: what every file of this seed
-    says of how it was made: scored_on, counts (count_rows: "rows" does not include
-    "reconstruction_rows"), hashes, notes.
+    says of how it was made: scored_on, counts ("rows" does not include "reconstruction_rows"),
+    hashes, notes.
     """
-    counts = record["counts"]
-    special_included = {
-        "total_tokens_eval_reconstruction": counts["reconstruction_rows"] * counts["context"],
-        "total_tokens_eval_sparsity_variance": counts["rows"] * counts["context"]}
-    kl = {name: value for name, value in behaviour.items() if name.startswith("kl")}
-    ce = {name: value for name, value in behaviour.items() if name.startswith("ce")}
-    of_model = plain({"model_behavior_preservation": kl, "model_performance_preservation": ce})
-    misc = misc_metrics(sae, fidelity.positive / fidelity.tokens)
-    of_codes = plain({
-        **fidelity.saebench(), "token_stats": special_included, "misc_metrics": misc})
-    ours = fidelity.ours()
-    ours["ce_loss_score"] = behaviour["ce_loss_score"]
-    ours["kl_div_score"] = behaviour["kl_div_score"]
-    notes = dict(record["notes"])
-    explained = NO_BEHAVIOUR in notes
-    if has_null(of_codes) or (has_null(of_model) and not explained):
-        notes["eval_result_metrics"] = (
-            "null is 0/0: activations that do not vary, or an all-zero reconstruction")
     scored_on = record["scored_on"]
-    identity = json.dumps([record["hashes"], scored_on, counts], sort_keys=True)
+    counts = record["counts"]
+    metrics = plain({
+        **behaviour,
+        **fidelity.saebench(),
+        "token_stats": {  # special tokens included
+            "total_tokens_eval_reconstruction": counts["reconstruction_rows"] * counts["context"],
+            "total_tokens_eval_sparsity_variance": counts["rows"] * counts["context"]},
+        "misc_metrics": misc_metrics(sae, fidelity.positive / fidelity.tokens)})
+    ours = fidelity.ours()
+    ours["ce_loss_score"] = metrics["model_performance_preservation"]["ce_loss_score"]
+    ours["kl_div_score"] = metrics["model_behavior_preservation"]["kl_div_score"]
+    notes = record["notes"] | null_notes(metrics)
     return plain({
         "eval_type_id": "core",
-        "eval_config": core_config(record),
-        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
+        "eval_config": {
+            "model_name": scored_on["model"], "llm_dtype": scored_on["dtype"],
+            "dataset": scored_on["dataset"], "context_size": counts["context"],
+            "batch_size_prompts": BATCH_ROWS,
+            "n_eval_reconstruction_batches": math.ceil(counts["reconstruction_rows"] / BATCH_ROWS),
+            "n_eval_sparsity_variance_batches": math.ceil(counts["rows"] / BATCH_ROWS),
+            "compute_kl": True, "compute_ce_loss": True, "compute_l2_norms": True,
+            "compute_sparsity_metrics": True, "compute_variance_metrics": True,
+            "compute_featurewise_density_statistics": False,
+            "compute_featurewise_weight_based_metrics": False,
+            "exclude_special_tokens_from_reconstruction": True, "verbose": False},
+        "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": of_model | of_codes,
+        "eval_result_metrics": metrics,
         "eval_result_details": [],
         "sae_bench_commit_hash": f"none: computed by evaluate.py {SOURCE_SHA256[:12]}",
         "sae_lens_id": "custom_sae",
@@ -719,7 +651,7 @@ def core_json(sae, fidelity, behaviour, record):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Along the text: sums over pairs of tokens, for each latent
+# 4. Along the text, between latents and between seeds
 # --------------------------------------------------------------------------------------------------
 
 
@@ -730,9 +662,7 @@ def column_sums(matrix):
 
 def column_products(a, b):
     """a, b (n,d), both csr or both arrays -> (d,) column sums of a * b."""
-    if sparse.issparse(a):
-        return column_sums(a.multiply(b))
-    return (a * b).sum(0)
+    return column_sums(a.multiply(b) if sparse.issparse(a) else a * b)
 
 
 def pair_sums(a, b):
@@ -756,14 +686,17 @@ def pearson(sums, n):
     return np.where(varies, cov / scale, np.nan)
 
 
-def autocorrelation(blocks, segs, lags):
-    """Corr(f_t, f_t+lag) of each column, pooled over all pairs and centred globally. -> (L,d)
+def autocorrelation(values, rows, lags):
+    """Corr(f_t, f_t+lag) of each column of values (n,d), csr or dense, which are the first of rows.
 
-    blocks: (n,d) matrices of whole rows, csr or dense; segs: (n,) of each, from segment_ids.
+    Pooled over all pairs and centred globally. -> (L,d)
     """
     sums = [0.0] * len(lags)
     pairs = [0] * len(lags)
-    for block, seg in zip(blocks, segs):
+    size = BATCH_ROWS * rows.context  # a part at a time, for dense values take much memory
+    for start in range(0, values.shape[0], size):
+        block = values[start:start + size].astype(np.float64)
+        seg = rows.seg[start:start + size]
         for k, lag in enumerate(lags):
             left = pairs_at(seg, lag)
             sums[k] = sums[k] + pair_sums(block[left], block[left + lag])
@@ -818,11 +751,6 @@ def best_latents(value, keep, n):
     return ranked[:min(n, (keep & np.isfinite(value)).sum())]
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Correlations between positions, between latents and between seeds
-# --------------------------------------------------------------------------------------------------
-
-
 @one_thread
 def position_matrix(values, rows):
     """Correlation of the columns at positions p and q, mean over columns and over rows.
@@ -850,41 +778,29 @@ def position_matrix(values, rows):
     return np.where(count > 0, total / np.maximum(count, 1) / max(len(mean), 1), np.nan)
 
 
-def latent_correlation(codes, n):
-    """(m,m) Pearson correlation of the columns of csr (tokens,m) over its n valid tokens.
-
-    NaN where a column is constant.
-    """
-    gram = np.zeros((codes.shape[1], codes.shape[1]))
-    for start in range(0, codes.shape[0], 4096):
-        block = codes[start:start + 4096]
-        if block.nnz > 0.05 * block.shape[0] * block.shape[1]:
-            block = block.toarray()  # of many codes a dense product is faster than a sparse one
-        gram += to_dense(block.T @ block)
-    mean = column_sums(codes) / n
-    cov = gram / n - np.outer(mean, mean)
-    sd = np.sqrt(np.maximum(np.diag(cov), 0))
-    sd[sd**2 <= 1e-9 * np.diag(gram) / n] = np.nan
-    return cov / np.outer(sd, sd)
-
-
 def redundancy(codes, n_valid, fires, latents):
     """How many latents have a near copy? codes csr of the sample, fires (d_sae,), latents: scored.
 
-    -> ({"latents", "share_above_0.9"}, {"latents", "corr"} of those that fire most, for a picture,
+    -> ({"latents", "share_above_0.9"}, {"latents", "corr"} of the 80 that fire most, for a picture,
     ordered by similarity); (None, None) where fewer than two latents vary.
     """
-    # of a very large dictionary the latents that fire most only
-    latents = np.sort(latents[np.argsort(-fires[latents], kind="stable")[:MAX_COMPARED]])
-    corr = latent_correlation(codes[:, latents], n_valid)
-    varies = np.isfinite(np.diag(corr))
-    latents = latents[varies]
-    corr = corr[np.ix_(varies, varies)]
-    if len(latents) < 2:
+    # of a very large dictionary the 4,096 latents that fire most: 134 MB in float64
+    latents = np.sort(latents[np.argsort(-fires[latents], kind="stable")[:4096]])
+    codes = codes[:, latents]
+    mean = column_sums(codes) / n_valid
+    power = column_products(codes, codes) / n_valid
+    varies = power - mean**2 > 1e-9 * power  # else the variance is rounding error
+    if varies.sum() < 2:
         return None, None
+    latents = latents[varies]
+    mean = mean[varies]
+    codes = codes[:, varies]
+    cov = (codes.T @ codes).toarray() / n_valid - np.outer(mean, mean)
+    sd = np.sqrt(np.diag(cov))
+    corr = cov / np.outer(sd, sd)
     others = corr - 2 * np.eye(len(corr))  # a latent is not its own partner
-    share = (others.max(1) > REDUNDANT).mean()
-    shown = np.argsort(-fires[latents], kind="stable")[:SHOWN_LATENTS]
+    share = (others.max(1) > 0.9).mean()
+    shown = np.argsort(-fires[latents], kind="stable")[:80]
     distance = squareform(1 - corr[np.ix_(shown, shown)], checks=False)
     shown = shown[leaves_list(linkage(np.clip(distance, 0, 2), "average"))]
     picture = {"latents": latents[shown], "corr": plain(corr[np.ix_(shown, shown)], 3)}
@@ -908,10 +824,10 @@ def pw_mcc(decoders):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. What features tell: probes on single tokens
+# 5. What features tell: probes on single tokens, boundaries and places in the row
 #
-# Features are a matrix (n,d): codes (csr), raw activations, slow directions, smoothed codes. `parts`
-# names slices of its columns: {"whole": ..., "lead": ..., "rest": ...}.
+# Features are a matrix (n,d): codes (csr), raw activations, slow directions, smoothed codes.
+# `parts` names slices of its columns: {"whole": ..., "lead": ..., "rest": ...}.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -926,20 +842,29 @@ def class_gap(values, y):
 
 
 def fit_probe(train, test, y_train, **options):
-    """A logistic probe on dense lines, their columns scaled by their deviation on train.
+    """A logistic probe on lines (csr or dense), their columns scaled by their deviation on train.
 
     -> the fitted probe, the scaled lines of test
     """
+    train = to_dense(train).astype(np.float64)
+    test = to_dense(test).astype(np.float64)
     scale = train.std(0)
     scale = np.where(scale > 0, scale, 1)
     return LogisticRegression(**options).fit(train / scale, y_train), test / scale
 
 
 @one_thread
+def accuracy(train, test, y_train, y_test):
+    """Accuracy on test of a multinomial probe (C = 0.1) that is fitted on train."""
+    probe, scaled = fit_probe(train, test, y_train, max_iter=200, C=0.1)
+    return probe.score(scaled, y_test)
+
+
+@one_thread
 def probe_classes(features, members, train, test, least, parts):
     """One class against the rest. -> {part: mean AUROC over classes, NaN where none is left}
 
-    A k-sparse probe (Gurnee et al. 2023): it reads the PROBE_K columns of the part whose class
+    A k-sparse probe (Gurnee et al. 2023): it reads the 5 columns of the part whose class
     means differ most on train. members: {class: (n,) bool}; train, test: indices of tokens. A class
     needs `least` tokens in it and as many out of it on each side, else it is left out.
     """
@@ -954,10 +879,11 @@ def probe_classes(features, members, train, test, least, parts):
         gap = np.abs(class_gap(a, y_train))
         for name, part in parts.items():
             columns = np.arange(len(gap))[part]
+            if len(columns) == 0:
+                continue
             if name != "raw_all":  # this probe reads every column
-                columns = columns[np.argsort(-gap[part], kind="stable")[:PROBE_K]]
-            lines = to_dense(a[:, columns]), to_dense(b[:, columns])
-            probe, scaled = fit_probe(*lines, y_train, max_iter=300)
+                columns = columns[np.argsort(-gap[part], kind="stable")[:5]]
+            probe, scaled = fit_probe(a[:, columns], b[:, columns], y_train, max_iter=300)
             found[name].append(roc_auc_score(y_test, probe.decision_function(scaled)))
     return {name: np.mean(values) for name, values in found.items()}
 
@@ -965,102 +891,67 @@ def probe_classes(features, members, train, test, least, parts):
 def token_topic(features, rows, parts):
     """token_topic_5: the topic of a document from ONE of its tokens. -> {part: AUROC}
 
-    Of tokens whose topic is known and not "Uncategorized", TOPIC_FROM tokens or more after the
-    first of their segment, TOPIC_TOKENS at random; topics with 10 of them on each side.
+    Of tokens whose topic is known and not "Uncategorized", 8 tokens or more after the first of
+    their segment, 9,000 at random; topics with 10 of them on each side.
     """
     labelled = np.any([*rows.topic_members.values(), np.zeros(len(rows.into), bool)], axis=0)
-    fit = np.flatnonzero(labelled & (rows.into >= TOPIC_FROM))
-    fit = np.random.default_rng(0).permutation(fit)[:TOPIC_TOKENS]
+    fit = np.flatnonzero(labelled & (rows.into >= 8))
+    fit = np.random.default_rng(0).permutation(fit)[:9000]
     sides = fit[rows.in_train[fit]], fit[~rows.in_train[fit]]
     return probe_classes(features, rows.topic_members, *sides, 10, parts)
 
 
 def token_class(codes, rows, text, parts):
-    """token_class_5: the class of a token from its code, CLASS_TOKENS a side. -> {part: AUROC}
+    """token_class_5: the class of a token from its code, 8,000 a side. -> {part: AUROC}
 
-    text: a function, token id -> string; None where there is no text.
+    Four yes/no properties; a token that does not begin a word has no space before it. text: a
+    function, token id -> string; None where there is no text.
     """
     if rows.tokens is None:
         return dict.fromkeys(parts, math.nan)
     sides = []
     for side in (rows.valid & rows.in_train, rows.valid & ~rows.in_train):
         tokens = np.flatnonzero(side)
-        sides.append(tokens[::max(1, math.ceil(len(tokens) / CLASS_TOKENS))])
+        sides.append(tokens[::max(1, math.ceil(len(tokens) / 8000))])
     ids, which = np.unique(rows.tokens.ravel(), return_inverse=True)
-    classes = token_classes([text(i) for i in ids.tolist()])
-    members = {name: member[which] for name, member in classes.items()}
+    strings = [text(i) for i in ids.tolist()]
+    bare = [string.strip() for string in strings]
+    classes = {
+        "word part": [s[:1] == b[:1] and b.isalpha() for s, b in zip(strings, bare)],
+        "punctuation": [b != "" and not any(c.isalnum() for c in b) for b in bare],
+        "digit": [b.isdigit() for b in bare],
+        "capital": [b[:1].isupper() for b in bare]}
+    members = {name: np.array(member)[which] for name, member in classes.items()}
     return probe_classes(codes, members, *sides, 2, parts)
 
 
-def token_classes(strings):
-    """Four yes/no properties of tokens, {name: (n,) bool}. A word's first token has a space."""
-    bare = [string.strip() for string in strings]
-    part = [string[:1] == b[:1] and b.isalpha() for string, b in zip(strings, bare)]
-    punctuation = [bool(b) and not any(c.isalnum() for c in b) for b in bare]
-    return {
-        "word_part": np.array(part, bool),
-        "punctuation": np.array(punctuation, bool),
-        "digit": np.array([b.isdigit() for b in bare], bool),
-        "capitalised": np.array([b[:1].isupper() for b in bare], bool)}
-
-
-def document_draws(rows):
-    """ID_DRAWS times: the last ID_TOKENS tokens of some documents, and a random order of them.
-
-    A draw takes ID_DOCUMENTS documents at random of those with ID_LEAST valid tokens; document_id
-    is the mean over draws, for one draw alone is noisy.
-    """
-    documents, size = np.unique(rows.flat_doc[rows.valid], return_counts=True)
-    documents = documents[size >= ID_LEAST]
-    n = min(len(documents), ID_DOCUMENTS)
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(ID_DRAWS if n > 1 else 0):
-        chosen = rng.permutation(documents)[:n]
-        last = [np.flatnonzero(rows.flat_doc == number)[-ID_TOKENS:] for number in chosen]
-        draws.append((np.concatenate(last), rng.permutation(n * ID_TOKENS)))
-    return draws
-
-
-@one_thread
-def document_id(features, draws):
+def document_id(features, rows):
     """Which document is a token from? T-SAE's context probe (arXiv 2511.05541). -> accuracy
 
-    One multinomial probe (C = 0.1) on three quarters of the tokens of a draw, scored on the rest.
-    Columns: the union over documents of the PROBE_K whose mean exceeds that of the other documents
-    most, chosen on the training side.
+    One multinomial probe on three quarters of the tokens of a draw, scored on the rest; mean over
+    draws, for one alone is noisy. Columns: the union over documents of the 5 whose mean
+    exceeds that of the other documents most, chosen on the training side.
     """
     found = []
-    for tokens, order in draws:
+    for tokens, order in rows.draws:
         y = np.arange(len(tokens)) // ID_TOKENS
         train, test = np.split(order, [int(0.75 * len(y))])
         a = features[tokens[train]].astype(np.float64)
-        picked = set()
-        for number in np.unique(y[train]):
-            gap = class_gap(a, y[train] == number)
-            picked |= set(np.argsort(-gap, kind="stable")[:PROBE_K].tolist())
-        columns = sorted(picked)
-        b = features[tokens[test]].astype(np.float64)
-        lines = to_dense(a[:, columns]), to_dense(b[:, columns])
-        probe, scaled = fit_probe(*lines, y[train], max_iter=200, C=0.1)
-        found.append(probe.score(scaled, y[test]))
+        gaps = np.array([class_gap(a, y[train] == number) for number in np.unique(y[train])])
+        columns = np.unique(np.argsort(-gaps, axis=1, kind="stable")[:, :5])
+        found.append(accuracy(a[:, columns], features[tokens[test]][:, columns], y[train], y[test]))
     return np.mean(found)
-
-
-# --------------------------------------------------------------------------------------------------
-# 9. References: what a look back gives for nothing, and how slow a read-out of one token can be
-# --------------------------------------------------------------------------------------------------
 
 
 def smoothed(codes, rows):
     """(n,d) csr: the moving average of each latent over the past tokens of its segment.
 
-    Not a code of one token. The weight of the token j back is SMOOTHING^j, up to SMOOTHING_TOKENS,
-    divided by the sum of those that exist.
+    Not a code of one token. The weight of the token j back is 0.8^j, up to 32 tokens, divided by
+    the sum of those that exist.
     """
-    here = [np.flatnonzero(rows.into >= j) for j in range(SMOOTHING_TOKENS + 1)]
+    here = [np.flatnonzero(rows.into >= j) for j in range(33)]
     back = [token - j for j, token in enumerate(here)]
-    weight = np.repeat(SMOOTHING ** np.arange(len(here)), [len(token) for token in here])
+    weight = np.repeat(0.8 ** np.arange(len(here)), [len(token) for token in here])
     here = np.concatenate(here)
     weight = weight / np.bincount(here, weight, minlength=1)[here]
     n = codes.shape[0]
@@ -1098,11 +989,6 @@ def slow_directions(acts, doc, n):
     return vectors[:, ::-1]
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Do codes switch where the document does, and not where the place in the row does?
-# --------------------------------------------------------------------------------------------------
-
-
 def boundary_places(rows):
     """Places with EDGE valid tokens before and EDGE after. -> (p,2*EDGE) tokens, (p,) joins
 
@@ -1134,12 +1020,9 @@ def boundary(values, rows, parts):
     places, joins = boundary_places(rows)
     if joins.all() or not joins.any():
         return dict.fromkeys(parts, math.nan)
-    sides = []
-    for tokens in (places[:, :EDGE], places[:, EDGE:]):
-        where = (np.repeat(np.arange(len(places)), EDGE), tokens.ravel())
-        shape = (len(places), values.shape[0])
-        pick = sparse.csr_matrix((np.full(tokens.size, 1 / EDGE), where), shape=shape)
-        sides.append(sparse.csr_matrix(pick @ values))
+    mean = sparse.kron(sparse.eye(len(places)), np.full((1, EDGE), 1 / EDGE), "csr")
+    sides = [sparse.csr_matrix(mean @ values[tokens.ravel()])
+             for tokens in (places[:, :EDGE], places[:, EDGE:])]
     found = {}
     for name, part in parts.items():
         before, after = [side[:, part] for side in sides]
@@ -1150,22 +1033,19 @@ def boundary(values, rows, parts):
     return found
 
 
-@one_thread
 def position_probe(features, rows):
-    """Accuracy of a multinomial probe (C = 0.1) for the eighth of the row that a token stands in.
+    """Accuracy of a probe for the eighth of the row that a token stands in.
 
-    Rows are split 70/30, PLACE_TOKENS tokens a side.
+    Rows are split 70/30, 8,000 tokens a side.
     """
     rng = np.random.default_rng(0)
     in_train = np.repeat(rng.random(len(rows.doc)) < 0.7, rows.context)
-    train = rng.permutation(np.flatnonzero(rows.valid & in_train))[:PLACE_TOKENS]
-    test = rng.permutation(np.flatnonzero(rows.valid & ~in_train))[:PLACE_TOKENS]
-    eighth = rows.place * PLACES // rows.context
-    if len(np.unique(eighth[train])) < PLACES or len(test) == 0:
+    train = rng.permutation(np.flatnonzero(rows.valid & in_train))[:8000]
+    test = rng.permutation(np.flatnonzero(rows.valid & ~in_train))[:8000]
+    eighth = rows.place * 8 // rows.context
+    if len(np.unique(eighth[train])) < 8 or len(test) == 0:
         return math.nan
-    lines = [to_dense(features[side]).astype(np.float64) for side in (train, test)]
-    probe, scaled = fit_probe(*lines, eighth[train], max_iter=200, C=0.1)
-    return probe.score(scaled, eighth[test])
+    return accuracy(features[train], features[test], eighth[train], eighth[test])
 
 
 def position_eta2(codes, rows):
@@ -1186,27 +1066,11 @@ def position_eta2(codes, rows):
     return between / variance - ((n > 0).sum() - 1) / valid.size
 
 
-def passages(documents, bos):
-    """Passages to be read alone and after another document: two arrays of token rows, or None.
-
-    documents: lists of token ids, without special tokens. Alone (n, 1 + 48): BOS and the first
-    tokens of a document; shifted (n, 1 + 64 + 1 + 48): BOS, the first 64 tokens of another one, BOS
-    and the same. Those that are read and those that stand before are different documents.
-    """
-    long_enough = [ids for ids in documents if len(ids) >= PASSAGE_AFTER + 2]
-    n = min(PASSAGES, len(long_enough) // 2)
-    if n == 0:
-        return None
-    alone = [[bos, *ids[:PASSAGE_TO]] for ids in long_enough[:n]]
-    before = [[bos, *ids[:PASSAGE_AFTER]] for ids in long_enough[n:2 * n]]
-    return np.array(alone), np.array([a + b for a, b in zip(before, alone)])
-
-
 def shift_consistency(sae, alone, shifted):
     """(d_sae,) correlation of each latent's code with itself over the tokens of the passages.
 
-    alone, shifted (n, m, d_in): the activations of the same tokens. NaN for a latent that fires less
-    than MIN_FIRINGS times where they are read alone; 0 for one that then never fires again.
+    alone, shifted (n, m, d_in): the activations of the same tokens. NaN for a latent that fires
+    less than MIN_FIRINGS times where they are read alone; 0 for one that then never fires again.
     """
     both = []
     for acts in (alone, shifted):
@@ -1217,7 +1081,7 @@ def shift_consistency(sae, alone, shifted):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. One pass over the rows
+# 6. One SAE: its codes, what they are compared with, consistency.json and the headline
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1225,70 +1089,34 @@ def to_csr(acts):
     """(n,d) tensor -> scipy csr in float64; only what is not zero leaves the device."""
     token, latent = acts.nonzero(as_tuple=True)
     values = acts[token, latent].cpu().double().numpy()
-    size = torch.bincount(token, minlength=len(acts)).cpu().numpy()
-    indptr = np.concatenate([[0], np.cumsum(size)])
-    return sparse.csr_matrix((values, latent.cpu().numpy(), indptr), shape=tuple(acts.shape))
-
-
-class Scorer:
-    """Fidelity of one SAE over all rows, and its codes at the first ones."""
-
-    def __init__(self, sae, n_lead):
-        self.sae = sae
-        self.n_lead = n_lead
-        self.fidelity = Fidelity(sae.W_dec)
-        self.blocks = []  # codes of the sample, a csr for each batch of rows
-        self.seen = np.zeros(2, int)  # rows and codes
-
-    def update(self, x, doc):
-        """x (B,T,d_in) float32 on the SAE's device, doc (B,T)."""
-        valid = torch.from_numpy(doc.ravel() > 0).to(x.device)
-        x = x.flatten(0, 1)
-        acts = self.sae.encode(x)
-        x_hat = self.sae.decode(acts, x)
-        if not torch.isfinite(x_hat[valid]).all():
-            raise ValueError("the SAE gives NaN or infinity on these activations")
-        codes = to_csr(torch.where(valid[:, None], acts, 0.0))
-        if valid.any():
-            self.fidelity.update(x[valid], x_hat[valid], codes)
-        self.seen += (len(doc), codes.nnz)
-        # one batch at least; self.seen only grows, so the sample is an unbroken beginning
-        if not self.blocks or (self.seen <= (SAMPLE_ROWS, SAMPLE_CODES)).all():
-            self.blocks.append(codes)
+    where = (token.cpu().numpy(), latent.cpu().numpy())
+    return sparse.csr_matrix((values, where), shape=tuple(acts.shape))
 
 
 @torch.inference_mode()
-def stream(rows, acts, saes, n_lead):
-    """One pass over the rows, with their activations (N,T,d_in). -> a Scorer of each SAE"""
-    scorers = [Scorer(sae, n_lead) for sae in saes]
-    device = saes[0].W_dec.device
-    for start in range(0, len(rows.doc), BATCH_ROWS):
-        x = acts[start:start + BATCH_ROWS].to(device).float()
-        for scorer in scorers:
-            scorer.update(x, rows.doc[start:start + BATCH_ROWS])
-    return scorers
+def encode_rows(sae, rows, acts):
+    """One pass over rows with activations (N,T,d_in). -> Fidelity over all, csr codes of the first
 
-
-def leave_out_sinks(rows, acts):
-    """Rows with doc 0 at tokens whose activation is no feature of the text.
-
-    As in training, with the median of these rows: attention sinks, whose norm is above
-    prepare.sink_limit of the ordinary tokens' norms, and zero activations.
+    Codes are kept of SAMPLE_ROWS rows, and of fewer where SAMPLE_CODES of them are not 0.
     """
-    norms = torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32).double().numpy()
-    valid = rows.doc > 0
-    if not np.isfinite(norms[valid]).all():
-        raise ValueError("the held-out activations hold NaN or infinity")
-    ordinary = valid & (norms > 0)
-    if not ordinary.any():
-        raise ValueError("the held-out rows hold no ordinary token whose activation is not 0")
-    left_out = (norms > prepare.sink_limit(norms[ordinary])) | (norms == 0)
-    return Rows(rows.tokens, np.where(left_out, 0, rows.doc).astype(np.int32), rows.topics)
-
-
-# --------------------------------------------------------------------------------------------------
-# 12. consistency.json and the headline
-# --------------------------------------------------------------------------------------------------
+    fidelity = Fidelity(sae.W_dec)
+    kept = []
+    n_codes = 0
+    for start in range(0, len(rows.doc), BATCH_ROWS):
+        stop = min(start + BATCH_ROWS, len(rows.doc))
+        x = acts[start:stop].to(sae.W_dec.device).float().flatten(0, 1)
+        valid = torch.from_numpy(rows.doc[start:stop].ravel() > 0).to(x.device)
+        f = sae.encode(x)
+        x_hat = sae.decode(f, x)
+        if not torch.isfinite(x_hat[valid]).all():
+            raise ValueError("the SAE gives NaN or infinity on these activations")
+        codes = to_csr(torch.where(valid[:, None], f, 0.0))
+        if valid.any():
+            fidelity.update(x[valid], x_hat[valid], codes)
+        n_codes += codes.nnz
+        if not kept or (stop <= SAMPLE_ROWS and n_codes <= SAMPLE_CODES):
+            kept.append(codes)
+    return fidelity, sparse.vstack(kept).tocsr()
 
 
 class References:
@@ -1297,151 +1125,172 @@ class References:
     blocks: the part of consistency.json that holds it; an SAE's own values are added to a copy.
     """
 
-    def __init__(self, held_out, n_lead):
+    def __init__(self, cfg, held_out, n_lead):
         acts = held_out.acts[:SAMPLE_ROWS]
         self.rows = held_out.rows.cut(0, len(acts))
-        self.passages = held_out.passages
-        self.draws = document_draws(self.rows)
-        self.lags = [lag for lag in LAGS if lag < self.rows.context]
+        self.text = held_out.text
+        self.n_lead = n_lead
+        self.passages = passages(cfg, held_out)
+        self.lags = [lag for lag in (1, 2, 4, 8, 16, 32, 64) if lag < self.rows.context]
         # (n,d_in) raw activations of the sample less their mean, 0 where a token is left out
         x = acts.flatten(0, 1).float().numpy()
         centre = x[self.rows.valid].mean(0, dtype=np.float64).astype(np.float32)
         self.x = (x - centre) * self.rows.valid[:, None]
-        n = len(self.draws[0][0]) // ID_TOKENS if self.draws else 0
-        raw = {"raw": slice(None), "raw_all": slice(None)}
+        n = len(self.rows.draws[0][0]) // ID_TOKENS if self.rows.draws else 0
+        raw = {"raw": slice(None)}
         self.blocks = {
             "lags": self.lags,
-            "autocorr_raw": self.by_lag(self.x).mean(1),
+            "autocorr_raw": autocorrelation(self.x, self.rows, self.lags).mean(1),
             "linear_limit": {"fitted_at": BEST_LAG, "mean": {}},
-            "probes": {"token_topic": token_topic(self.x, self.rows, raw),
-                       "document_id": {"documents": n, "chance": ratio(1, n)}},
-            "boundary": boundary(self.x, self.rows, {"raw": slice(None)}),
-            "position": {"probe": {"raw": position_probe(self.x, self.rows), "chance": 1 / PLACES},
+            "probes": {
+                "token_topic": token_topic(self.x, self.rows, raw | {"raw_all": slice(None)}),
+                "document_id": {"documents": n, "chance": ratio(1, n)}},
+            "boundary": boundary(self.x, self.rows, raw),
+            "position": {"probe": {"raw": position_probe(self.x, self.rows), "chance": 1 / 8},
                          "eta2": {}, "shift": {}}}
         if self.passages is not None:
             alone, shifted = [part.float() for part in self.passages]
             centre = alone.mean((0, 1))
             same = F.cosine_similarity(alone - centre, shifted - centre, dim=-1)
             self.blocks["position"]["shift"]["raw"] = same.mean()
-        self.add_slow_directions(held_out.fit, n_lead)
+        self.add_slow_directions(*training_rows(cfg, held_out))
 
-    def by_lag(self, values):
-        """(L,d) autocorrelation of the columns of values (n,d), at each lag."""
-        size = BATCH_ROWS * self.rows.context  # dense values: a part of them at a time
-        starts = range(0, values.shape[0], size)
-        parts = (values[start:start + size].astype(np.float64) for start in starts)
-        segs = (self.rows.seg[start:start + size] for start in starts)
-        return autocorrelation(parts, segs, self.lags)
-
-    def add_slow_directions(self, fit, n_lead):
-        """Fit the slowest directions on training rows (acts, doc) and add what they tell."""
+    def add_slow_directions(self, acts, doc):
+        """Fit the slowest directions on training rows and add what they tell."""
         d = self.x.shape[1]
-        n = min(max(*LIMIT_FIRST, n_lead), d)
-        directions = slow_directions(*fit, n)
+        firsts = (10, 50, 100)
+        directions = slow_directions(acts, doc, min(max(*firsts, self.n_lead), d))
         if directions is None:
             return
         z = self.x @ directions
-        rho = self.by_lag(z)
-        for first in LIMIT_FIRST:
+        rho = autocorrelation(z, self.rows, self.lags)
+        for first in firsts:
             mean = rho[:, :first].mean(1) if first <= d else np.full(len(rho), np.nan)
             self.blocks["linear_limit"]["mean"][str(first)] = mean
-        lead = z[:, :n_lead]
+        lead = z[:, :self.n_lead]
         probes = self.blocks["probes"]
         probes["token_topic"] |= token_topic(lead, self.rows, {"slow": slice(None)})
-        probes["document_id"]["slow"] = document_id(lead, self.draws)
+        probes["document_id"]["slow"] = document_id(lead, self.rows)
         self.blocks["position"]["probe"]["slow"] = position_probe(lead, self.rows)
 
 
-def consistency(scorer, refs, text, is_first):
-    """How the codes of one SAE behave along the text. -> (blocks of consistency.json, headline)
+def training_rows(cfg, held_out):
+    """The first 512 training rows: activations (N,T,d_in), doc (N,T)."""
+    inputs = held_out.inputs
+    if held_out.lm is None:
+        first = inputs.train[:512]
+        return inputs.acts[first], inputs.doc[first]
+    train = Rows(inputs.train.tokens[:512].astype(np.int64), inputs.train.doc[:512], {})
+    acts = cached_activations(cfg, held_out.lm, held_out.block, train.tokens)
+    return acts, leave_out_sinks(train, acts).doc
+
+
+def passages(cfg, held_out):
+    """Passages read alone and after another document: two (n,44,d_in) activations, or None.
+
+    Alone: BOS and the first 48 tokens of a document; after another: BOS, the first 64 tokens of
+    that one, BOS and the same. The last 44 tokens count. No document is used in both ways.
+    """
+    if held_out.lm is None:
+        return None
+    documents = [ids for ids in held_out.inputs.openings if len(ids) >= 66]
+    n = min(160, len(documents) // 2)
+    bos, _ = prepare.special_ids(held_out.tokenizer)
+    alone = [[bos, *ids[:48]] for ids in documents[:n]]
+    shifted = [[bos, *other[:64], *ids] for other, ids in zip(documents[n:2 * n], alone)]
+    config = held_out.lm.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    if n == 0 or len(shifted[0]) > limit:
+        return None
+    return [cached_activations(cfg, held_out.lm, held_out.block, np.array(rows))[:, -44:]
+            for rows in (alone, shifted)]
+
+
+def consistency(sae, fidelity, codes, refs, is_first):
+    """How the codes of one SAE behave along the text. -> the blocks of consistency.json
 
     is_first: of the first seed the matrices and the table of latents, which pictures show, too.
     """
-    codes = sparse.vstack(scorer.blocks).tocsr()
-    rows = refs.rows
-    draws = refs.draws
-    if codes.shape[0] < rows.doc.size:  # of dense codes fewer rows are kept
-        rows = rows.cut(0, codes.shape[0] // rows.context)
-        draws = document_draws(rows)
-    d_sae = codes.shape[1]
-    n = scorer.n_lead
-    parts = {"whole": slice(0, d_sae), "lead": slice(0, n), "rest": slice(n, d_sae)}
-    fires = scorer.fidelity.fires
+    rows = refs.rows.cut(0, codes.shape[0] // refs.rows.context)  # fewer, where codes are dense
+    n = refs.n_lead
+    parts = {"whole": slice(None), "lead": slice(n), "rest": slice(n, None)}
+    fires = fidelity.fires
     keep = fires >= MIN_FIRINGS
     latents = np.flatnonzero(keep)
     lead = latents[latents < n]
-    out = copy.deepcopy(refs.blocks)
+    out = plain(refs.blocks)  # a copy
     out["counts"] = {"sample_rows": len(rows.doc)}
     out["groups"] = {name: {
         "latents": len(keep[part]), "scored": keep[part].sum(),
         "firing_share": ratio(fires[part].sum(), fires.sum())} for name, part in parts.items()}
-
-    rho = refs.by_lag(codes)
-    null = codes[permute_segments(rows.seg, np.random.default_rng(0))]
+    rho = autocorrelation(codes, rows, refs.lags)
     out["autocorr"] = group_means(rho, keep, parts)
     best = [best_latents(line, keep, len(lead)) for line in rho]
     out["autocorr"]["best"] = [np.mean(line[chosen]) for line, chosen in zip(rho, best)]
-    out["autocorr_null"] = group_means(refs.by_lag(null), keep, parts)
+    null = codes[permute_segments(rows.seg, np.random.default_rng(0))]
+    out["autocorr_null"] = group_means(autocorrelation(null, rows, refs.lags), keep, parts)
     span = spans(codes, rows.seg)
     out["span"] = group_means(span, keep, parts)
     out["smoothness_S"] = smoothness(codes, refs.x, rows, parts)
-    head = {"autocorr_1": out["autocorr"]["whole"][0], "span": out["span"]["whole"],
-            "smoothness_S": out["smoothness_S"]["whole"]}
-    at = max(k for k, lag in enumerate(refs.lags) if lag <= BEST_LAG)
-    if refs.lags[at] == BEST_LAG:
-        head["autocorr_16"] = out["autocorr"]["whole"][at]
-        for name in ("lead", "rest", "best"):
-            head[f"autocorr_16_{name}"] = out["autocorr"][name][at]
-
     average = smoothed(codes, rows)
-    topic = out["probes"]["token_topic"]
-    topic |= token_topic(codes, rows, parts)
-    topic |= token_topic(average, rows, {"smoothed": slice(None)})
-    classes = token_class(codes, rows, text, parts)
-    document = out["probes"]["document_id"]
-    document["whole"] = document_id(codes, draws)
-    document["lead"] = document_id(codes[:, :n], draws)
-    document["smoothed"] = document_id(average, draws)
-    out["probes"]["token_class"] = classes
+    probes = out["probes"]
+    probes["token_topic"] |= token_topic(codes, rows, parts)
+    probes["token_topic"] |= token_topic(average, rows, {"smoothed": slice(None)})
+    probes["token_class"] = token_class(codes, rows, refs.text, parts)
+    probes["document_id"] |= {
+        "whole": document_id(codes, rows), "lead": document_id(codes[:, :n], rows),
+        "smoothed": document_id(average, rows)}
     out["boundary"] |= boundary(codes, rows, parts)
-    head |= {"token_topic_5": topic["whole"], "token_topic_5_lead": topic["lead"],
-             "token_topic_5_rest": topic["rest"], "token_class_5": classes["whole"],
-             "document_id": document["whole"], "boundary": out["boundary"]["lead"]}
-
-    head |= position(out["position"], scorer.sae, codes, rows, refs, lead, best[at])
+    at = max(k for k, lag in enumerate(refs.lags) if lag <= BEST_LAG)
+    add_position(out["position"], sae, codes, rows, refs.passages, {"lead": lead, "best": best[at]})
     out["redundancy"], picture = redundancy(codes, int(rows.valid.sum()), fires, latents)
-    if out["redundancy"]:
-        head["redundant_share"] = out["redundancy"]["share_above_0.9"]
     if is_first:
-        step = math.ceil(rows.context / MATRIX_SIDE)
         varies = refs.x.std(0) > 0
         out["position_corr"] = {
-            "step": step, "codes": plain(position_matrix(codes[:, latents], rows), 5),
+            "step": math.ceil(rows.context / MATRIX_SIDE),
+            "codes": plain(position_matrix(codes[:, latents], rows), 5),
             "raw": plain(position_matrix(refs.x[:codes.shape[0], varies], rows), 5)}
         out["correlation"] = picture
         out["latents"] = plain({
-            "index": latents, "rate": fires[latents] / scorer.fidelity.tokens,
-            "span": span[latents], "autocorr": rho[:, latents]}, 3)
-    return out, head
+            "index": latents, "rate": fires[latents] / fidelity.tokens, "span": span[latents],
+            "autocorr": rho[:, latents]}, 3)
+    return out
 
 
-def position(block, sae, codes, rows, refs, lead, best):
-    """Fill the block "position" of one SAE for the latents `lead` and `best`. -> headline"""
+def add_position(block, sae, codes, rows, both, groups):
+    """Add to the block "position" what the latents of each group tell; both: see passages."""
     eta2 = position_eta2(codes, rows)
     same = np.full(len(eta2), np.nan)
-    if refs.passages is not None:
-        same = shift_consistency(sae, *refs.passages)
+    if both is not None:
+        same = shift_consistency(sae, *both)
         block["shift"]["whole"] = np.nanmean(same)
-    head = {}
-    for name, latents, ending in (("lead", lead, ""), ("best", best, "_best")):
+    for name, latents in groups.items():
+        block["eta2"][name] = np.nanmean(eta2[latents])
+        block["shift"][name] = np.nanmean(same[latents])
         if len(latents):
             block["probe"][name] = position_probe(codes[:, latents], rows)
-        for key, values in (("eta2", eta2), ("shift", same)):
-            values = values[latents]
-            block[key][name] = np.nanmean(values)
-        head |= {f"position_probe{ending}": block["probe"].get(name),
-                 f"position_eta2{ending}": block["eta2"][name],
-                 f"shift_consistency{ending}": block["shift"][name]}
+
+
+def headline(tree):
+    """The contents of consistency.json -> {name in final_info.json: value}, None if undefined."""
+    auto = tree["autocorr"]
+    topic = tree["probes"]["token_topic"]
+    position = tree["position"]
+    head = {
+        "autocorr_1": auto["whole"][0], "span": tree["span"]["whole"],
+        "smoothness_S": tree["smoothness_S"]["whole"], "token_topic_5": topic["whole"],
+        "token_topic_5_lead": topic["lead"], "token_topic_5_rest": topic["rest"],
+        "token_class_5": tree["probes"]["token_class"]["whole"],
+        "document_id": tree["probes"]["document_id"]["whole"],
+        "boundary": tree["boundary"]["lead"]}
+    for group, ending in (("whole", ""), ("lead", "_lead"), ("rest", "_rest"), ("best", "_best")):
+        head[f"autocorr_16{ending}"] = dict(zip(tree["lags"], auto[group])).get(16)
+    for group, ending in (("lead", ""), ("best", "_best")):
+        head[f"position_probe{ending}"] = position["probe"].get(group)
+        head[f"position_eta2{ending}"] = position["eta2"][group]
+        head[f"shift_consistency{ending}"] = position["shift"][group]
+    if tree["redundancy"]:
+        head["redundant_share"] = tree["redundancy"]["share_above_0.9"]
     return head
 
 
@@ -1452,10 +1301,8 @@ def summarise(per_seed, mcc):
     """
     raw = {name: [seed.get(name) for seed in per_seed] for name in per_seed[0]}
     raw = {name: values for name, values in raw.items() if None not in values}
-    stderrs = {}
-    if len(per_seed) > 1:
-        for name, values in raw.items():
-            stderrs[name] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    stderrs = {name: float(np.std(values, ddof=1) / math.sqrt(len(values)))
+               for name, values in raw.items() if len(values) > 1}
     if mcc:
         raw["pw_mcc"] = mcc  # one value a PAIR of seeds; pairs share seeds, so no standard error
     means = {name: float(np.mean(values)) for name, values in raw.items()}
@@ -1463,11 +1310,16 @@ def summarise(per_seed, mcc):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. Scoring a run, or a folder with one SAE
+# 7. Scoring a run, or a folder with one SAE: the command
 # --------------------------------------------------------------------------------------------------
 
+# What the command line may say in place of config.json.
+OPTIONS = {
+    str: ("model", "dtype", "device", "dataset", "dataset_config", "split", "text_field",
+          "sample_by", "encoding", "acts", "acts_mask", "cache_dir"),
+    int: ("layer", "context_size", "harvest_tokens", "eval_rows", "reconstruction_rows")}
 DEFAULTS = {  # of what a run's config.json or the command line does not say
-    "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
+    "seed": 0, "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
     "acts": "", "acts_mask": "", "context_size": 128, "eval_rows": 464, "reconstruction_rows": 64,
     "cache_dir": ""}
 
@@ -1477,36 +1329,24 @@ def read_settings(folder, changes):
 
     -> (settings, {"settings": a sentence} if the changes differ from what the run says)
     """
-    own = {}
-    if (folder / "config.json").is_file():
-        own = prepare.read_json(folder / "config.json")
+    run = folder / "config.json"
+    spec = folder / "cfg.json"
+    own = prepare.read_json(run) if run.is_file() else {}
     if "n_seeds" not in own:  # no run of ours; a foreign config.json says nothing here
-        own = {}
-        if not (folder / "sae_weights.safetensors").is_file():
-            raise ValueError(
-                f"{folder} holds neither a run (config.json) nor an SAE (sae_weights.safetensors)")
-        if (folder / "cfg.json").is_file():
-            own = read_origin(prepare.read_json(folder / "cfg.json"))
+        own = read_origin(prepare.read_json(spec)) if spec.is_file() else {}
     cfg = DEFAULTS | own | changes
     if not cfg["acts"] and (cfg.get("model") is None or cfg.get("layer") is None):
-        raise ValueError(
-            f"{folder} is an SAE without a run: say --model and --layer, or --acts FILE")
+        raise ValueError(f"{folder} is no run (config.json): say --model and --layer, or --acts "
+                         "FILE, that the SAE in it reads")
     if "resid_pre" in own.get("hook", "") and cfg["layer"] != own["layer"]:
         raise ValueError(f"the SAE reads {own['hook']}, which is the output of block {own['layer']}: "
                          f"leave --layer {cfg['layer']} out")
-    said = own | {name: public_name(str(own[name])) for name in ("model", "dataset") if name in own}
-    differ = {}
-    for name, value in changes.items():
-        if name in ("model", "dataset"):
-            value = public_name(str(value))  # a run that was moved is the same run
-        if name in said and said[name] != value and name not in ("device", "cache_dir", "acts"):
-            differ[name] = value
-    notes = {}
-    if differ:
-        notes["settings"] = (
-            "scored with " + ", ".join(f"{name} {value}" for name, value in differ.items())
-            + "; the SAE says " + ", ".join(str(said[name]) for name in differ))
-    return cfg, notes
+    differ = []
+    for name in changes.keys() & own.keys() - {"device", "cache_dir", "acts"}:
+        asked, said = [public_name(str(given[name])) for given in (changes, own)]
+        if asked != said:  # by name: a model that was moved is the same one
+            differ.append(f"{name} {asked}; the SAE says {said}")
+    return cfg, {"settings": "scored with " + ", ".join(sorted(differ))} if differ else {}
 
 
 def read_origin(spec):
@@ -1524,14 +1364,13 @@ def read_origin(spec):
             raise ValueError(f"the SAE reads {hook}; only the output of a block can be scored "
                              "(hook_resid_post, or hook_resid_pre of the next block)")
         own |= {"hook": hook, "layer": int(found[1]) - (found[2] == "pre")}
-    loaded_with = {**(origin.get("from_pretrained_kwargs") or {}),
-                   **(origin.get("model_from_pretrained_kwargs") or {})}
-    changed = [name for name, value in loaded_with.items() if value is True]
-    if changed:
-        raise ValueError(f"the SAE was trained on a model that was loaded with {changed[0]}: its "
-                         "activations are others than those of transformers")
+    for key in ("from_pretrained_kwargs", "model_from_pretrained_kwargs"):
+        for name, value in (origin.get(key) or {}).items():
+            if value is True:
+                raise ValueError(f"the SAE was trained on a model that was loaded with {name}: "
+                                 "its activations are others than those of transformers")
     if origin.get("prepend_bos") is False:
-        raise ValueError("the SAE was trained without BOS (prepend_bos false); rows begin with BOS here")
+        raise ValueError("the SAE was trained without BOS (prepend_bos false); rows here have one")
     if origin.get("model_name"):
         own["model"] = origin["model_name"]
     return own
@@ -1541,16 +1380,7 @@ def find_seeds(folder, cfg):
     """The folders with weights, in order of seed: folder itself or all its seed_K."""
     if (folder / "sae_weights.safetensors").is_file():
         return [folder]
-    found = {}
-    for path in folder.glob("seed_*"):
-        number = path.name.removeprefix("seed_")
-        if number.isdigit() and (path / "sae_weights.safetensors").is_file():
-            found[int(number)] = path
-    if len(found) != cfg["n_seeds"]:
-        raise ValueError(
-            f"{folder} holds trained weights (seed_*/sae_weights.safetensors) for {len(found)} of "
-            f"its {cfg['n_seeds']} seeds")
-    return [found[number] for number in sorted(found)]
+    return [folder / f"seed_{seed}" for seed in range(cfg["seed"], cfg["seed"] + cfg["n_seeds"])]
 
 
 def has_lead(sae):
@@ -1561,196 +1391,78 @@ def has_lead(sae):
 
 def leading_latents(sae, cfg):
     """Number of leading latents: what cfg.json says, else the run's fraction, else 20 %."""
-    d_sae = sae.W_dec.shape[0]
     if has_lead(sae):
         return sae.spec["temporal_sae"]["lead"]
     fraction = cfg.get("temporal_fraction", 1.0)
     if not 0 < fraction < 1:
-        fraction = DEFAULT_LEAD
-    return max(1, round(fraction * d_sae))
+        fraction = 0.2
+    return max(1, round(fraction * sae.W_dec.shape[0]))
 
 
 class HeldOut(NamedTuple):
     """What SAEs are scored on. Without a language model what comes of it is None."""
 
-    lm: torch.nn.Module
-    block: torch.nn.Module  # the hooked decoder block
-    tokenizer: object
-    text: object  # function: token id -> string
+    rows: Rows  # for everything but CE and KL; sinks are left out
     ce_rows: Rows  # for CE and KL
-    rows: Rows  # for everything else; sinks are left out
     acts: torch.Tensor  # (N,T,d_in) activations of `rows`
     inputs: object  # prepare.Inputs or prepare.Acts
-    record: dict  # what every file says of it: scored_on, counts, hash of the rows
-    fit: tuple = None  # activations and doc of training rows, for slow_directions
-    passages: tuple = None  # activations of passages, alone and shifted
+    record: dict  # what every file says of it: scored_on, counts
+    sha256: str  # of the rows
+    lm: torch.nn.Module = None
+    block: torch.nn.Module = None  # the hooked decoder block
+    tokenizer: object = None
+    text: object = None  # function: token id -> string
 
 
 def hold_out(cfg, width, device):
     """The HeldOut of these settings, for an SAE that reads `width` dimensions."""
     if cfg["acts"]:
-        data = prepare.load_acts(cfg["acts"], cfg["acts_mask"], cfg["eval_rows"])
-        check_width(data.acts.shape[-1], width, public_name(cfg["acts"]))
-        acts = data.acts[data.heldout]
-        given = Rows(None, data.doc[data.heldout], {})
-        name = str(data.acts.dtype).removeprefix("torch.")
-        scored_on = {"model": None, "layer": None, "dtype": name, "dataset": Path(cfg["acts"]).stem}
-        digest = prepare.sha256(given.doc, acts.view(torch.uint8).numpy())
-        rows = leave_out_sinks(given, acts)
-        record = record_of(scored_on, digest, given.cut(0, 0), given, rows)
-        first = data.train[:FIT_ROWS]
-        fit = data.acts[first], data.doc[first]
-        return HeldOut(None, None, None, None, given.cut(0, 0), rows, acts, data, record, fit)
+        inputs = prepare.load_acts(cfg["acts"], cfg["acts_mask"], cfg["eval_rows"])
+        acts = inputs.acts[inputs.heldout]
+        rows = Rows(None, inputs.doc[inputs.heldout], {})
+        scored_on = {"model": None, "layer": None, "dtype": str(acts.dtype).removeprefix("torch."),
+                     "dataset": Path(cfg["acts"]).stem}
+        sha256 = prepare.sha256(rows.doc, acts.view(torch.uint8).numpy())
+        held_out = HeldOut(rows, rows.cut(0, 0), acts, inputs, {"scored_on": scored_on}, sha256)
+    else:
+        held_out = read_text(cfg, device)
+    if held_out.acts.shape[-1] != width:
+        raise ValueError(f"the SAE reads {width} dimensions; here are {held_out.acts.shape[-1]}")
+    before = held_out.rows
+    rows = leave_out_sinks(before, held_out.acts)
+    counts = {
+        "rows": len(rows.doc), "reconstruction_rows": len(held_out.ce_rows.doc),
+        "context": rows.context, "tokens": int(rows.valid.sum()),
+        "left_out": int((before.valid & ~rows.valid).sum()),
+        "documents": len(np.unique(rows.flat_doc[rows.valid])),
+        "segments": int(rows.seg.max()) + 1}
+    return held_out._replace(rows=rows, record=held_out.record | {"counts": counts})
+
+
+def read_text(cfg, device):
+    """The HeldOut of a language model and text, sinks included and without counts."""
     model = cfg["model"]
-    cache = cfg["cache_dir"]
-    prepare.check_model(model, cfg["layer"], cfg["context_size"])
-    check_width(prepare.model_shape(model, cache)[0], width, f"a layer of {public_name(model)}")
+    layer = cfg["layer"]
+    prepare.check_model(model, layer, cfg["context_size"])
     options = {name: cfg[name] for name in TEXT_OPTIONS if name in cfg}
     inputs = prepare.text_rows(cfg["dataset"], model, **options)
-    held = rows_of(inputs.heldout, inputs.topics)
+    tokens, doc = inputs.heldout
+    held = Rows(tokens.astype(np.int64), np.array(doc), inputs.topics)
     n_ce = cfg["reconstruction_rows"]
-    if not 0 <= n_ce < len(held.doc):
+    if not 0 <= n_ce < len(doc):
         raise ValueError(
-            f"{n_ce} rows for CE/KL leave none of the {len(held.doc)} rows for other metrics")
+            f"{n_ce} rows for CE/KL leave none of the {len(doc)} rows for other metrics")
     dtype = prepare.pick_dtype(cfg["dtype"], device)
-    lm, tokenizer = prepare.load_lm(model, dtype, device, cache)
-    block = prepare.decoder_blocks(lm)[cfg["layer"]]
-    given = held.cut(n_ce, len(held.doc))
-    acts = cached_activations(cfg, lm, block, given.tokens)
-    rows = leave_out_sinks(given, acts)
+    lm, tokenizer = prepare.load_lm(model, dtype, device, cfg["cache_dir"])
+    block = prepare.decoder_blocks(lm)[layer]
+    rows = held.cut(n_ce, len(doc))
+    acts = cached_activations(cfg, lm, block, rows.tokens)
     scored_on = {
-        "model": public_name(model), "layer": cfg["layer"],
-        "dtype": str(dtype).removeprefix("torch."), "dataset": public_name(cfg["dataset"])}
-    digest = prepare.sha256(held.tokens, held.doc)
-    record = record_of(scored_on, digest, held.cut(0, n_ce), given, rows)
-    text = prepare.token_text(tokenizer)
-    return HeldOut(lm, block, tokenizer, text, held.cut(0, n_ce), rows, acts, inputs, record)
-
-
-def check_width(d_in, width, what):
-    """ValueError where an SAE of input width `width` cannot read d_in dimensions."""
-    if d_in != width:
-        raise ValueError(f"the SAE reads {width} dimensions, {what} gives {d_in}")
-
-
-def rows_of(split, topics, n=None):
-    """The first n rows of a split of prepare.Inputs, or all."""
-    return Rows(np.array(split.tokens[:n], np.int64), np.array(split.doc[:n]), topics)
-
-
-def record_of(scored_on, digest, ce_rows, given, rows):
-    """What every file says of the rows. given: the rows before sinks are left out."""
-    doc = rows.doc
-    counts = {
-        "rows": len(doc), "reconstruction_rows": len(ce_rows.doc), "context": doc.shape[1],
-        "tokens": int(rows.valid.sum()), "left_out": int((given.valid & ~rows.valid).sum()),
-        "documents": len(np.unique(doc[doc > 0])), "segments": int(rows.seg.max()) + 1}
-    return {"scored_on": scored_on, "counts": counts, "hash": digest}
-
-
-def with_references(cfg, held_out):
-    """The HeldOut of text with the activations of training rows and of passages."""
-    if held_out.lm is None:
-        return held_out
-    lm, block, inputs = held_out.lm, held_out.block, held_out.inputs
-    train = rows_of(inputs.train, {}, FIT_ROWS)
-    acts = cached_activations(cfg, lm, block, train.tokens)
-    bos, _ = prepare.special_ids(held_out.tokenizer)
-    both = passages(inputs.openings, bos)
-    positions = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if both is not None and both[1].shape[1] <= (positions or math.inf):
-        n_same = PASSAGE_TO - PASSAGE_FROM
-        both = [cached_activations(cfg, lm, block, part)[:, -n_same:] for part in both]
-        held_out = held_out._replace(passages=both)
-    return held_out._replace(fit=(acts, leave_out_sinks(train, acts).doc))
-
-
-def check_recorded(run_dir, identity):
-    """A note where the run's record names other inputs: then what is held out may be trained on."""
-    recorded = None
-    if (run_dir / "environment.json").is_file():
-        recorded = prepare.read_json(run_dir / "environment.json").get("inputs")
-    if recorded is None or recorded == json.loads(json.dumps(identity)):
-        return {}
-    return {
-        "inputs": "the model or the text is not, or may not be, the one of the run's record: "
-        "documents held out here may have been trained on"}
-
-
-def score_behaviour(held_out, saes):
-    """-> (lm_behaviour of each SAE, all NaN without a model or rows; notes that say why)."""
-    reason = None
-    if held_out.lm is None:
-        reason = "scored on given activations: there is no language model to run"
-    elif not held_out.ce_rows.valid.any():
-        reason = "no row with an ordinary token was set aside for them"
-    if reason:
-        unknown = dict.fromkeys(("clean", "ablation", "sae"), math.nan)
-        scores = behaviour_scores(unknown, unknown, "sae")
-        return [scores] * len(saes), {NO_BEHAVIOUR: reason}
-    scores = lm_behaviour(held_out.lm, held_out.block, saes, held_out.ce_rows)
-    if not math.isfinite(scores[0]["ce_loss_without_sae"]):
-        return scores, {NO_BEHAVIOUR: "the language model itself gives NaN or infinity"}
-    return scores, {}
-
-
-def evaluate_run(run_dir, *, out=None, overwrite=False, **changes):
-    """Score every seed of a run, or one SAE folder; write the three files; return final_info.
-
-    run_dir: a run (config.json, seed_K/...) or a folder with cfg.json and sae_weights.safetensors.
-    out: where to write, else run_dir; overwrite: also over the scores of another run there.
-    changes: settings that take precedence over config.json (model, layer, dataset, device, ...).
-    All seeds share one pass over the rows. No score is written before all of them are computed.
-    """
-    run_dir = Path(run_dir)
-    out = Path(out or run_dir)
-    cfg, notes = read_settings(run_dir, changes)
-    check_out(run_dir, out, notes, overwrite)
-    seed_dirs = find_seeds(run_dir, cfg)
-    saes = [load_sae(folder) for folder in seed_dirs]  # a broken file is refused before the rest
-    device = prepare.pick_device(cfg["device"])
-    with stages(5 + len(saes)) as stage:
-        stage("held-out activations")
-        held_out = hold_out(cfg, saes[0].W_dec.shape[1], device)
-        notes |= check_recorded(run_dir, held_out.inputs.identity)
-        for sentence in notes.values():
-            prepare.say(f"note: {sentence}")
-        for sae in saes:
-            sae.to(device)
-        stage("CE and KL of the language model")
-        behaviour, reasons = score_behaviour(held_out, saes)
-        for names, reason in reasons.items():
-            prepare.say(f"note: no {names}: {reason}")
-        stage("activations of training rows and passages")
-        held_out = with_references(cfg, held_out)
-        stage("codes")
-        n_lead = leading_latents(saes[0], cfg)
-        scorers = stream(held_out.rows, held_out.acts, saes, n_lead)
-        stage("probes on raw activations")
-        refs = References(held_out, n_lead)
-        files = {}
-        heads = []
-        for seed_dir, scorer, lm_scores in zip(seed_dirs, scorers, behaviour):
-            stage(f"probes on codes, {seed_dir.name}")
-            record = dict(held_out.record)
-            hashes = {"evaluate": SOURCE_SHA256, "rows": record.pop("hash"),
-                      "weights": prepare.sha256(seed_dir / "sae_weights.safetensors")}
-            record |= {"hashes": hashes, "notes": notes | reasons}
-            record["notes"] |= check_lead(scorer)
-            core = core_json(scorer.sae, scorer.fidelity, lm_scores, record)
-            is_first = seed_dir == seed_dirs[0]
-            blocks, head = consistency(scorer, refs, held_out.text, is_first)
-            folder = out / seed_dir.name if len(seed_dirs) > 1 else out
-            files[folder / "core.json"] = core
-            files[folder / "consistency.json"] = consistency_json(blocks, record)
-            heads.append(core["eval_result_unstructured"]["ours"] | plain(head, 6))
-    block = summarise(heads, pw_mcc([sae.W_dec for sae in saes]))
-    block["leading_latents"] = n_lead if has_lead(saes[0]) else None
-    final = {record["scored_on"]["dataset"]: block}
-    for path, tree in files.items():
-        prepare.write_json(path, tree)
-    prepare.write_json(out / "final_info.json", final)  # last: it says that a new folder is whole
-    return final
+        "model": public_name(model), "layer": layer, "dtype": str(dtype).removeprefix("torch."),
+        "dataset": public_name(cfg["dataset"])}
+    sha256 = prepare.sha256(held.tokens, held.doc)
+    return HeldOut(rows, held.cut(0, n_ce), acts, inputs, {"scored_on": scored_on}, sha256,
+                   lm, block, tokenizer, prepare.token_text(tokenizer))
 
 
 def check_out(run_dir, out, notes, overwrite):
@@ -1760,38 +1472,39 @@ def check_out(run_dir, out, notes, overwrite):
         if not overwrite and ((out / "final_info.json").exists() or (out / "cfg.json").exists()):
             raise ValueError(f"{out} holds the scores of a run, or an SAE: give --overwrite, or "
                              "another --out")
-        return
-    if home.name.startswith("seed_") and (home.parent / "config.json").is_file():
-        raise ValueError(
-            f"{run_dir} is one seed of a run, which keeps its own scores: score the run, or give "
-            "--out FOLDER")
-    if "settings" in notes and (home / "config.json").is_file():
+    elif "settings" in notes and (home / "config.json").is_file():
         raise ValueError(
             f"{notes['settings']}: give --out FOLDER, so that the run keeps its own scores")
+    elif (home.parent / "config.json").is_file():
+        raise ValueError(f"{run_dir} is one seed of a run: score the run, or give --out FOLDER")
 
 
-def check_lead(scorer):
+def score_behaviour(held_out, saes):
+    """-> (lm_behaviour of each SAE, all NaN without a model or rows; notes that say why)."""
+    if held_out.lm is None:
+        reason = "scored on given activations, there is no language model to run"
+    elif not held_out.ce_rows.valid.any():
+        reason = "no row with an ordinary token was set aside for them"
+    else:
+        scores = lm_behaviour(held_out.lm, held_out.block, saes, held_out.ce_rows)
+        clean = scores[0]["model_performance_preservation"]["ce_loss_without_sae"]
+        if math.isfinite(clean):
+            return scores, {}
+        return scores, {"behaviour": "no CE and no KL: the language model gives NaN or infinity"}
+    unknown = dict.fromkeys(("clean", "ablation", "sae"), math.nan)
+    notes = {"behaviour": f"no CE and no KL: {reason}"}
+    return [behaviour_scores(unknown, unknown, "sae")] * len(saes), notes
+
+
+def check_lead(sae, fidelity, n_lead):
     """A note where fewer than half of an SAE's leading latents ever fire."""
-    alive = int((scorer.fidelity.fires[:scorer.n_lead] > 0).sum())
-    if has_lead(scorer.sae) and 2 * alive < scorer.n_lead:
-        sentence = (
-            f"only {alive} of the {scorer.n_lead} leading latents ever fire: the temporal loss drives "
-            "them out of use; try another weight")
-        prepare.say(f"note: {sentence}")
-        return {"leading latents": sentence}
-    return {}
-
-
-def consistency_json(blocks, record):
-    """The contents of consistency.json: the record, the blocks, and notes on what is null."""
-    tree = {"hashes": record["hashes"], "scored_on": record["scored_on"]} | blocks
-    tree["counts"] = record["counts"] | blocks["counts"]
-    tree = plain(tree, 6)
-    notes = dict(record["notes"])
-    for key, value in tree.items():
-        if key != "scored_on" and has_null(value):
-            notes[key] = NO_VALUE
-    return tree | {"notes": notes}
+    alive = (fidelity.fires[:n_lead] > 0).sum()
+    if not has_lead(sae) or 2 * alive >= n_lead:
+        return {}
+    sentence = (f"only {alive} of the {n_lead} leading latents ever fire: the temporal loss drives "
+                "them out of use; try another weight")
+    prepare.say(f"note: {sentence}")
+    return {"leading latents": sentence}
 
 
 @contextlib.contextmanager
@@ -1807,14 +1520,70 @@ def stages(n):
         yield stage
 
 
+def evaluate_run(run_dir, *, out=None, overwrite=False, **changes):
+    """Score every seed of a run, or one SAE folder; write the three files; return final_info.
+
+    run_dir: a run (config.json, seed_K/...) or a folder with cfg.json and sae_weights.safetensors.
+    out: where to write, else run_dir; overwrite: also over the scores of another run there.
+    changes: settings that take precedence over config.json (model, layer, dataset, device, ...).
+    """
+    run_dir = Path(run_dir)
+    out = Path(out or run_dir)
+    cfg, notes = read_settings(run_dir, changes)
+    check_out(run_dir, out, notes, overwrite)
+    device = prepare.pick_device(cfg["device"])
+    seed_dirs = find_seeds(run_dir, cfg)
+    saes = [load_sae(folder, device) for folder in seed_dirs]  # a broken file is refused at once
+    with stages(3 + len(saes)) as stage:
+        stage("held-out activations")
+        held_out = hold_out(cfg, saes[0].W_dec.shape[1], device)
+        recorded = run_dir / "environment.json"
+        identity = json.loads(json.dumps(held_out.inputs.identity))
+        if recorded.is_file() and prepare.read_json(recorded).get("inputs", identity) != identity:
+            notes["inputs"] = ("the model or the text is, or may be, another one than the run's: what "
+                               "is held out here may have been trained on")
+        stage("CE and KL of the language model")
+        behaviour, reasons = score_behaviour(held_out, saes)
+        notes |= reasons
+        for sentence in notes.values():
+            prepare.say(f"note: {sentence}")
+        n_lead = leading_latents(saes[0], cfg)
+        stage("references: raw activations, slow directions")
+        refs = References(cfg, held_out, n_lead)
+        files = {}
+        heads = []
+        for seed_dir, sae, scores in zip(seed_dirs, saes, behaviour):
+            stage(f"probes on codes, {seed_dir.name}")
+            hashes = {"evaluate": SOURCE_SHA256, "rows": held_out.sha256,
+                      "weights": prepare.sha256(seed_dir / "sae_weights.safetensors")}
+            record = {"hashes": hashes, **held_out.record, "notes": notes}
+            fidelity, codes = encode_rows(sae, held_out.rows, held_out.acts)
+            record["notes"] = notes | check_lead(sae, fidelity, n_lead)
+            core = core_json(sae, fidelity, scores, record)
+            blocks = plain(consistency(sae, fidelity, codes, refs, seed_dir == seed_dirs[0]), 6)
+            blocks["counts"] |= record["counts"]
+            folder = out / seed_dir.name if len(seed_dirs) > 1 else out
+            files[folder / "core.json"] = core
+            files[folder / "consistency.json"] = record | blocks
+            files[folder / "consistency.json"]["notes"] = record["notes"] | null_notes(blocks)
+            heads.append(core["eval_result_unstructured"]["ours"] | headline(blocks))
+    block = summarise(heads, pw_mcc([sae.W_dec for sae in saes]))
+    block["leading_latents"] = n_lead if has_lead(saes[0]) else None
+    final = {held_out.record["scored_on"]["dataset"]: block}
+    files[out / "final_info.json"] = final  # the last one: it says that a new folder is whole
+    for path, tree in files.items():
+        prepare.write_json(path, tree)
+    return final
+
+
 SHOWN = {  # what is printed at the end: name -> which way is better, what it is
-    "token_topic_5": ("higher", "topic of a document from one token, 5 latents"),
-    "token_topic_5_lead": ("higher", "... 5 of {lead}"),
-    "document_id": ("higher", "which of 120 documents a token is from"),
-    "autocorr_16_lead": ("higher", "autocorrelation at lag 16 of {lead}"),
-    "position_probe": ("lower", "place in the row (chance .125) from {lead}"),
-    "explained_variance": ("higher", "share of the variance that is explained"),
-    "ce_loss_score": ("higher", "1: the language model predicts as well as without the SAE"),
+    "token_topic_5": ("higher is better", "topic of a document from one token, 5 latents"),
+    "token_topic_5_lead": ("higher is better", "... 5 of {lead}"),
+    "document_id": ("higher is better", "which of 120 documents a token is from"),
+    "autocorr_16_lead": ("higher is better", "autocorrelation at lag 16 of {lead}"),
+    "position_probe": ("lower is better", "place in the row (chance .125) from {lead}"),
+    "explained_variance": ("higher is better", "share of the variance that is explained"),
+    "ce_loss_score": ("higher is better", "1: the model predicts as well as without the SAE"),
     "l0": ("", "active latents a token")}
 
 
@@ -1826,60 +1595,32 @@ def print_scores(final, folder):
         lead = f"the {n} leading latents" if n else "any latents: without a loss none leads"
         for name, (better, what) in SHOWN.items():
             if name in block["means"]:
-                better = f"{better} is better" if better else ""
-                value = f"{block['means'][name]:.4f}"
-                print(f"{name + ':':20} {value:>8}  {better:17} {what.format(lead=lead)}")
+                what = what.format(lead=lead)
+                print(f"{name + ':':20} {block['means'][name]:8.4f}  {better:17} {what}")
     print(f"all scores: {Path(folder) / 'final_info.json'}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 14. Command line
-# --------------------------------------------------------------------------------------------------
-
-OPTIONS = (  # name, type, help; all of them take precedence over the run's config.json
-    ("model", str, "language model: a local folder, a hub id, or an embedded one by name"),
-    ("layer", int, "decoder block whose output the SAE reads; 0 is the first"),
-    ("dtype", str, "of the language model: auto, float32 or bfloat16"),
-    ("device", str, "auto, cpu, cuda, ..."),
-    ("dataset", str, "text, as in experiment.py"),
-    ("dataset_config", str, "configuration of a hub data set"),
-    ("split", str, "split of a hub data set"),
-    ("text_field", str, "column that holds the text"),
-    ("sample_by", str, "document, paragraph or line of text files"),
-    ("encoding", str, "of text files"),
-    ("acts", str, "file of activations (N,T,d_in) in place of a model and text"),
-    ("acts_mask", str, "its documents: (N,T) int, 0 = leave out"),
-    ("context_size", int, "tokens a row"),
-    ("harvest_tokens", int, "training tokens of the run whose held-out rows these are"),
-    ("eval_rows", int, "held-out rows"),
-    ("reconstruction_rows", int, "leading rows for CE/KL; the rest is for all else (64)"),
-    ("cache_dir", str, "if empty, $TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae"))
 
 
 def find_run(name):
     """Folder of a run. A bare name is looked for in runs/ and runs/study/ of this repo first."""
     path = Path(name).expanduser()
-    if len(path.parts) == 1:
-        for folder in (REPO / "runs", REPO / "runs" / "study"):
-            if (folder / path).is_dir():
-                return folder / path
-    if not path.is_dir():
-        raise ValueError(f"{path}: there is no such run")
-    return path
+    for folder in (RUNS, RUNS / "study", Path()):
+        if (folder / path).is_dir():  # of an absolute path: itself
+            return folder / path
+    raise ValueError(f"{path}: there is no such run")
 
 
 def parse(argv):
     """Command line -> argparse's namespace; of OPTIONS it holds those that were given."""
-    parser = prepare.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = prepare.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="its folder, or its name in runs/ or runs/study/")
     parser.add_argument("--out", metavar="DIR", help="write here, not over the run's own scores")
     parser.add_argument("--overwrite", action="store_true", help="replace scores that are in --out")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    for name, kind, text in OPTIONS:
-        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*flags, dest=name, type=kind, default=argparse.SUPPRESS, help=text)
+    for kind, names in OPTIONS.items():
+        for name in names:
+            parser.add_argument(
+                f"--{name}", type=kind, default=argparse.SUPPRESS, help="as in experiment.py")
     return parser.parse_args(argv)
 
 

