@@ -1218,6 +1218,9 @@ def save_sae(sae, folder, cfg, x):
     if sae.sparsity.has_threshold:
         tensors["threshold"] = sae.threshold.repeat(d_sae)
     if sae.nonlinearity == "gelu":
+    # SAELens' l0 and num_dead_features are those at the end of training, too
+    last = json.loads((cfg.run_dir / "log.jsonl").read_text().splitlines()[-1])
+    recipe = ("k", "temp_loss", "temp_alpha", "window", "matryoshka_alpha", "auxk_alpha")
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
     spec = {
@@ -1228,6 +1231,8 @@ def save_sae(sae, folder, cfg, x):
                      "exclude_special_tokens": True, "sequence_separator_token": "bos",
                      **origin(cfg)},
         "temporal_sae": {"k": sae.k, "sparsity": cfg.sparsity, "nonlinearity": sae.nonlinearity,
+                     "training_architecture_details": {key: getattr(cfg, key) for key in recipe},
+                     "l0": last["l0"], "num_dead_features": int(last["dead"]),
                          "layernorm": sae.layernorm,
                          # without a lead latents have no order: the judge takes any
                          "lead": cfg.n_lead if cfg.temporal or cfg.matryoshka_alpha else None,
@@ -1255,6 +1260,7 @@ def origin(cfg):
             "dataset_path": evaluate.public_name(cfg.dataset)}
 
 
+            "seqpos_slice": [None],  # every place in a row
 @torch.no_grad()
 def prove_saved(sae, folder):
     """RuntimeError unless the judge gets from the folder the trained SAE's codes, up to rounding."""

@@ -863,7 +863,8 @@ def published(architecture, norm, x, w, k):
 
 
 SAVED_AS = {"matryoshka": "jumprelu", "topk": "topk", "l1": "standard", "layernorm": "jumprelu"}
-METADATA = {"model_name": "lm", "hook_name": "blocks.1.hook_resid_post", "prepend_bos": True}
+METADATA = {"model_name": "lm", "hook_name": "blocks.1.hook_resid_post", "prepend_bos": True,
+            "seqpos_slice": [None]}
 
 
 @pytest.mark.parametrize("name", SAVED_AS)
@@ -889,6 +890,7 @@ def test_the_saved_dictionary_is_in_saelens_format(run, quick, name):
 def save_foreign(folder, tensors, **changes):
     """A jumprelu SAE, with changes, as SAELens saves one: cfg.json and sae_weights.safetensors."""
     d_in, d_sae = tensors["W_enc"].shape
+    assert spec["metadata"]["l0"] == log_of(folder.parent)[-1]["l0"]
     spec = {"architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32",
             "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
             "reshape_activations": "none", "metadata": {"sae_lens_version": "6.43.0"}}
