@@ -168,7 +168,7 @@ class SAE(torch.nn.Module):
         """spec: the contents of cfg.json. KeyError or ValueError where something is missing."""
         super().__init__()
         self.spec = spec
-        self.selection = spec.get("architecture", "standard").removeprefix("temporal_sae_")
+        self.selection = (spec.get("architecture") or "standard").removeprefix("temporal_sae_")
         self.norm = spec.get("normalize_activations") or "none"
         act = spec.get("activation_fn") or spec.get("activation_fn_str") or "relu"
         supported = {
@@ -191,8 +191,13 @@ class SAE(torch.nn.Module):
             self.register_buffer(name, tensors[name].float())
         if self.selection == "standard" and act == "topk":  # so SAELens 3 to 5 wrote it
             self.selection = "topk"
-        k = spec.get("k") or (spec.get("activation_fn_kwargs") or {}).get("k") or 100
-        self.k = min(int(k), d_sae)  # of topk: 100 is SAELens' default where it is absent
+        k = spec.get("k", (spec.get("activation_fn_kwargs") or {}).get("k", 100))
+        if self.selection == "topk" and not (isinstance(k, (int, float)) and k >= 1 and k % 1 == 0):
+            raise ValueError(f"k {k} is not a whole number above 0")
+        self.k = min(int(k or 1), d_sae)  # of topk: 100 is SAELens' default where it is absent
+        for name in tensors.keys() - shapes.keys() - {"scale"}:
+            if name != "scaling_factor" or (tensors[name] != 1).any():  # old SAELens wrote ones
+                raise ValueError(f"no {self.selection} SAE has a tensor {name}")
         self.gelu = (spec.get("temporal_sae") or {}).get("nonlinearity") == "gelu"
         self.scale = float(tensors.get("scale", 1.0))
         self.subtracts_b_dec = bool(spec.get("apply_b_dec_to_input", True))
@@ -243,8 +248,8 @@ def load_sae(folder, device="cpu"):
     folder = Path(folder)
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no weights ({name} is missing); git does not keep "
-                             "ours: train the run again")
+            raise ValueError(f"{folder} holds no weights ({name} is missing): no SAE in SAELens' "
+                             "format, or a run of ours; git keeps no weights, train it again")
     try:
         spec = prepare.read_json(folder / "cfg.json")
         tensors = load_file(folder / "sae_weights.safetensors")
@@ -1318,8 +1323,11 @@ OPTIONS = {
     str: ("model", "dtype", "device", "dataset", "dataset_config", "split", "text_field",
           "sample_by", "encoding", "acts", "acts_mask", "cache_dir"),
     int: ("layer", "context_size", "harvest_tokens", "eval_rows", "reconstruction_rows")}
+TEXT_ONLY = (  # of no effect where activations are given
+    "model", "layer", "dataset", "dataset_config", "split", "text_field", "sample_by", "encoding",
+    "context_size", "harvest_tokens", "reconstruction_rows")
 DEFAULTS = {  # of what a run's config.json or the command line does not say
-    "seed": 0, "n_seeds": 1, "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
+    "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
     "acts": "", "acts_mask": "", "context_size": 128, "eval_rows": 464, "reconstruction_rows": 64,
     "cache_dir": ""}
 
@@ -1327,7 +1335,7 @@ DEFAULTS = {  # of what a run's config.json or the command line does not say
 def read_settings(folder, changes):
     """What to score `folder` on: DEFAULTS, its config.json, and the changes asked for.
 
-    -> (settings, {"settings": a sentence} if the changes differ from what the run says)
+    -> (settings, notes): "settings" if changes differ from the run, "unread" if some are idle
     """
     run = folder / "config.json"
     spec = folder / "cfg.json"
@@ -1341,12 +1349,18 @@ def read_settings(folder, changes):
     if "resid_pre" in own.get("hook", "") and cfg["layer"] != own["layer"]:
         raise ValueError(f"the SAE reads {own['hook']}, which is the output of block {own['layer']}: "
                          f"leave --layer {cfg['layer']} out")
+    notes = {}
+    unread = changes.keys() & set(TEXT_ONLY if cfg["acts"] else ())
+    if unread:
+        notes["unread"] = f"scored on given activations; nothing reads {', '.join(sorted(unread))}"
     differ = []
-    for name in changes.keys() & own.keys() - {"device", "cache_dir", "acts"}:
+    for name in changes.keys() & own.keys() - {"device", "cache_dir", "acts"} - unread:
         asked, said = [public_name(str(given[name])) for given in (changes, own)]
         if asked != said:  # by name: a model that was moved is the same one
             differ.append(f"{name} {asked}; the SAE says {said}")
-    return cfg, {"settings": "scored with " + ", ".join(sorted(differ))} if differ else {}
+    if differ:
+        notes["settings"] = "scored with " + ", ".join(sorted(differ))
+    return cfg, notes
 
 
 def read_origin(spec):
@@ -1359,26 +1373,31 @@ def read_origin(spec):
     own = {}
     hook = origin.get("hook_name") or origin.get("hook_point")
     if hook:
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", str(hook))
         if not found or (found[2] == "pre" and found[1] == "0"):
             raise ValueError(f"the SAE reads {hook}; only the output of a block can be scored "
                              "(hook_resid_post, or hook_resid_pre of the next block)")
         own |= {"hook": hook, "layer": int(found[1]) - (found[2] == "pre")}
-    for key in ("from_pretrained_kwargs", "model_from_pretrained_kwargs"):
-        for name, value in (origin.get(key) or {}).items():
-            if value is True:
-                raise ValueError(f"the SAE was trained on a model that was loaded with {name}: "
-                                 "its activations are others than those of transformers")
+    loaded = origin.get("model_from_pretrained_kwargs") or origin.get("from_pretrained_kwargs") or {}
+    for name in ("center_writing_weights", "checkpoint_index", "checkpoint_value"):
+        if loaded.get(name) not in (None, False):  # fold_ln and others leave the residual as it is
+            raise ValueError(f"the SAE was trained on a model that was loaded with {name}: "
+                             "its activations are others than those of transformers")
+    for name in ("hook_head_index", "hook_point_head_index", "hook_name_out", "seqpos_slice"):
+        if origin.get(name) not in (None, [None], [None, None], hook):
+            raise ValueError(f"the SAE was trained with {name} {origin[name]}: not supported")
     if origin.get("prepend_bos") is False:
         raise ValueError("the SAE was trained without BOS (prepend_bos false); rows here have one")
     if origin.get("model_name"):
-        own["model"] = origin["model_name"]
+        own["model"] = "@".join(filter(None, [origin["model_name"], loaded.get("revision")]))
+    if origin.get("context_size"):
+        own["context_size"] = origin["context_size"]
     return own
 
 
 def find_seeds(folder, cfg):
     """The folders with weights, in order of seed: folder itself or all its seed_K."""
-    if (folder / "sae_weights.safetensors").is_file():
+    if (folder / "sae_weights.safetensors").is_file() or "n_seeds" not in cfg:
         return [folder]
     return [folder / f"seed_{seed}" for seed in range(cfg["seed"], cfg["seed"] + cfg["n_seeds"])]
 
@@ -1468,6 +1487,8 @@ def read_text(cfg, device):
 def check_out(run_dir, out, notes, overwrite):
     """ValueError where scores would replace those of a run by others."""
     home = run_dir.resolve()
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: name a folder")
     if out.resolve() != home:
         if not overwrite and ((out / "final_info.json").exists() or (out / "cfg.json").exists()):
             raise ValueError(f"{out} holds the scores of a run, or an SAE: give --overwrite, or "
@@ -1542,6 +1563,9 @@ def evaluate_run(run_dir, *, out=None, overwrite=False, **changes):
         if recorded.is_file() and prepare.read_json(recorded).get("inputs", identity) != identity:
             notes["inputs"] = ("the model or the text is, or may be, another one than the run's: what "
                                "is held out here may have been trained on")
+        unread = getattr(held_out.lm, "unread", [])
+        if unread:
+            notes["weights"] = f"{len(unread)} tensors of the model are not read, as {unread[0]}"
         stage("CE and KL of the language model")
         behaviour, reasons = score_behaviour(held_out, saes)
         notes |= reasons

@@ -56,8 +56,8 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 PREPARE_SHA256 = prepare.sha256(Path(prepare.__file__))
 RUNS = Path(__file__).resolve().parent / "runs"
 # Set by torchrun: which process this is, and of how many.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 
 # ------------------------------------------------------------------------------------------------
 # 1. Config: every field is a flag (--temp_alpha and --temp-alpha are the same; bools have --no-x)
@@ -179,13 +179,12 @@ def check(cfg):
         check_value(f, getattr(cfg, f.name))
     n_chunks = cfg.batch_size // cfg.chunk_size
     contrast = cfg.temporal and cfg.temp_loss == "window_infonce"
-    folders = {"--out_dir": cfg.run_dir, "--cache_dir": prepare.cache_root(cfg.cache_dir)}
-    inside = [flag for flag, folder in folders.items()
-              if Path(cfg.dataset).is_dir() and folder.is_relative_to(cfg.dataset)]
+    text = Path(cfg.dataset).resolve()
     refuse = [  # (whether it is wrong, what is wrong); runs/study belongs to train.py
         (RANK >= WORLD,
          f"RANK is {RANK} and WORLD_SIZE {WORLD}: start several processes with torchrun"),
-        (inside, f"{' and '.join(inside)} inside --dataset {cfg.dataset} would be read as text"),
+        (text.is_dir() and cfg.run_dir.is_relative_to(text),
+         f"--out_dir inside --dataset {cfg.dataset} would be read as text"),
         (cfg.run_dir in (RUNS, RUNS.parent, RUNS / "study") or cfg.run_dir.is_file(),
          f"--out_dir {cfg.out_dir} does not name a directory of its own"),
         (cfg.temporal_fraction > 1,
@@ -204,8 +203,9 @@ def check(cfg):
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
          "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero"),
-        (cfg.control != "none" and cfg.temp_loss != "window_infonce",
-         f"--control {cfg.control} needs --temp_loss window_infonce"),
+        (cfg.l1_alpha != Config.l1_alpha and cfg.sparsity != "l1", "--l1_alpha needs --sparsity l1"),
+        (cfg.control != "none" and not contrast,
+         f"--control {cfg.control} needs --temp_loss window_infonce with a weight above 0"),
         (not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
          f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
          f"{cfg.eval_rows} for the other metrics"),
@@ -883,6 +883,9 @@ class Part(NamedTuple):
 def load_inputs(cfg):
     """What a run trains on: prepare.Inputs, or prepare.Acts with --acts."""
     if cfg.acts:
+        unread = [key for key in evaluate.TEXT_ONLY if getattr(cfg, key) != getattr(Config, key)]
+        if unread:
+            say(f"note: with --acts nothing reads {', '.join(unread)}")
         return prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
     options = {name: getattr(cfg, name) for name in evaluate.TEXT_OPTIONS}
     return prepare.text_rows(cfg.dataset, cfg.model, **options)
@@ -1215,12 +1218,12 @@ def save_sae(sae, folder, cfg, x):
     tensors = {name: p.detach().contiguous() for name, p in sae.named_parameters()}
     architecture = sae.sparsity.architecture
     d_sae, d_in = sae.W_dec.shape
-    if sae.sparsity.has_threshold:
-        tensors["threshold"] = sae.threshold.repeat(d_sae)
-    if sae.nonlinearity == "gelu":
     # SAELens' l0 and num_dead_features are those at the end of training, too
     last = json.loads((cfg.run_dir / "log.jsonl").read_text().splitlines()[-1])
     recipe = ("k", "temp_loss", "temp_alpha", "window", "matryoshka_alpha", "auxk_alpha")
+    if sae.sparsity.has_threshold:
+        tensors["threshold"] = sae.threshold.repeat(d_sae)
+    if sae.nonlinearity == "gelu":
         architecture = "temporal_sae_" + architecture
         tensors["scale"] = sae.scale
     spec = {
@@ -1228,11 +1231,11 @@ def save_sae(sae, folder, cfg, x):
         "device": "cpu", "apply_b_dec_to_input": True, "reshape_activations": "none",
         "normalize_activations": "layer_norm" if sae.layernorm else "none",
         "metadata": {"sae_lens_version": "6.0.0", "training_architecture": cfg.sparsity,
+                     "training_architecture_details": {key: getattr(cfg, key) for key in recipe},
+                     "l0": last["l0"], "num_dead_features": int(last["dead"]),
                      "exclude_special_tokens": True, "sequence_separator_token": "bos",
                      **origin(cfg)},
         "temporal_sae": {"k": sae.k, "sparsity": cfg.sparsity, "nonlinearity": sae.nonlinearity,
-                     "training_architecture_details": {key: getattr(cfg, key) for key in recipe},
-                     "l0": last["l0"], "num_dead_features": int(last["dead"]),
                          "layernorm": sae.layernorm,
                          # without a lead latents have no order: the judge takes any
                          "lead": cfg.n_lead if cfg.temporal or cfg.matryoshka_alpha else None,
@@ -1257,10 +1260,10 @@ def origin(cfg):
     model = evaluate.public_name(cfg.model)
     return {"model_name": model, "hook_name": f"blocks.{cfg.layer}.hook_resid_post",
             "hook_layer": cfg.layer, "prepend_bos": True, "context_size": cfg.context_size,
+            "seqpos_slice": [None],  # every place in a row
             "dataset_path": evaluate.public_name(cfg.dataset)}
 
 
-            "seqpos_slice": [None],  # every place in a row
 @torch.no_grad()
 def prove_saved(sae, folder):
     """RuntimeError unless the judge gets from the folder the trained SAE's codes, up to rounding."""

@@ -208,6 +208,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if len(args.runs) > 2:
             raise ValueError("a page shows one run or two")
+        if args.out and args.out.suffix != ".html":  # it would replace a record
+            raise ValueError(f"--out {args.out} does not end in .html")
         changes = {name: vars(args)[name] for name in ("device", "cache_dir") if vars(args)[name]}
         data, folder = page_data(args.runs, changes)
         write_page(data, args.out or folder / "latents.html")

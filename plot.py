@@ -21,6 +21,9 @@ os.environ.pop("MPLBACKEND", None)  # a bad name there would end the import
 import matplotlib
 import numpy as np
 
+for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks must not stop it
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -53,8 +53,9 @@ for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks must
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# Set by torchrun. RANK alone, which some schedulers leave behind, must silence nobody.
+RANK = int(os.environ.get("RANK") or 0) if os.environ.get("WORLD_SIZE") else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
 # ----------------------------------------------------------------------------------------
@@ -325,10 +326,12 @@ def report(error, debug):
 def local_path(option, name):
     """Path of a local model or data set, None for one on the hub: `name` or `owner/name`."""
     path = Path(name).expanduser()
+    if path.is_file() and option == "--model":
+        raise ValueError(f"{option} {name} is a file; a model is a folder")
     if path.exists():
         return path
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if is_path or kind_of(path) in (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet"):
+    if is_path or kind_of(path) in (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet", ".gguf"):
         raise ValueError(f"{option} {name}: no such file or folder")
     return None
 
@@ -352,7 +355,7 @@ def model_identity(model):
     if folder is None:
         return {"model": model, "revision": load_config(model)._commit_hash}
     loaded = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    files = sorted(file for file in folder.glob("*") if file.suffix in loaded)
+    files = sorted(file for file in folder.glob("[!.]*") if file.suffix in loaded)
     return {"model": folder.resolve().name, "files": files_identity(files)}
 
 
@@ -450,10 +453,10 @@ def load_lm(model, dtype, device, cache_dir=""):
     if lacking:
         raise ValueError(f"--model {model}: its files lack {len(lacking)} of the weights of a "
                          f"{type(lm).__name__}, such as {lacking[0]}")
-    if found["unexpected_keys"]:
-        say(f"note: --model {model}: {len(found['unexpected_keys'])} tensors of its files are no "
-            f"part of a {type(lm).__name__} by this config.json, such as "
-            f"{min(found['unexpected_keys'])}")
+    lm.unread = sorted(found["unexpected_keys"])  # for the record of the judge, too
+    if lm.unread:
+        say(f"note: --model {model}: {len(lm.unread)} tensors of its files are no part of a "
+            f"{type(lm).__name__} by this config.json, such as {lm.unread[0]}")
     LOADED[key] = lm.eval().requires_grad_(False).to(device), tokenizer
     return LOADED[key]
 
@@ -642,14 +645,20 @@ def read_text(source):
 def text_identity(source):
     """What identifies the text in the names of cache files and in environment.json."""
     if source.dataset == EMBEDDED_TEXT:
+        if source != Source(EMBEDDED_TEXT, cache_dir=source.cache_dir):
+            raise ValueError("--text_field, --dataset_config, --split, --sample_by and --encoding "
+                             "are for another --dataset than the embedded one")
         return {"dataset": EMBEDDED_TEXT, "sha256": EMBEDDED[EMBEDDED_TEXT].sha256}
     identity = source._asdict()
     del identity["cache_dir"]
     path = local_path("--dataset", source.dataset)
     if path is not None:
+        if path.is_dir() and cache_root(source.cache_dir).resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"--cache_dir inside --dataset {path} would be read as text")
         return identity | {"dataset": path.name, "files": files_identity(local_files(path))}
+    name, _, revision = source.dataset.partition("@")
     try:
-        info = huggingface_hub.HfApi().dataset_info(source.dataset, timeout=20)
+        info = huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=20)
     except Exception as error:  # httpx and the hub's client raise many kinds
         raise not_found("--dataset", source.dataset, error) from None
     return identity | {"revision": info.sha}

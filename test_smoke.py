@@ -890,6 +890,7 @@ def test_the_saved_dictionary_is_in_saelens_format(run, quick, name):
              "apply_b_dec_to_input": True, "normalize_activations": norm}
     assert fixed.items() <= spec.items() and spec.get("k") == (4 if name == "topk" else None)
     assert METADATA.items() <= spec["metadata"].items(), "a name, not a path"
+    assert spec["metadata"]["l0"] == log_of(folder.parent)[-1]["l0"]
     w = load_file(folder / "sae_weights.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in w.values())
     reference = load_file(folder / "reference.safetensors")
@@ -904,7 +905,6 @@ def test_the_saved_dictionary_is_in_saelens_format(run, quick, name):
 def save_foreign(folder, tensors, **changes):
     """A jumprelu SAE, with changes, as SAELens saves one: cfg.json and sae_weights.safetensors."""
     d_in, d_sae = tensors["W_enc"].shape
-    assert spec["metadata"]["l0"] == log_of(folder.parent)[-1]["l0"]
     spec = {"architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32",
             "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
             "reshape_activations": "none", "metadata": {"sae_lens_version": "6.43.0"}}
@@ -933,6 +933,9 @@ ORIGINS = {  # what cfg.json says: in "metadata" (SAELens 6) or flat (3 to 5); t
     "fine-tuned": ({"finetuning_scaling_factor": True}, "scaling"),
     "another function": ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
     "another architecture": ({"architecture": "gated"}, "gated"),
+    "a part of each row": ({"metadata": {"seqpos_slice": [5, -5]}}, "seqpos_slice [5, -5]"),
+    "another context": ({"metadata": {"context_size": 4096}}, "--context_size 4096"),
+    "a tensor that nothing reads": ({"architecture": "standard"}, "threshold"),
 }
 
 
@@ -952,7 +955,7 @@ def test_the_folder_of_a_seed_is_enough_to_be_judged_and_says_what_it_reads(
 
 FORMATS = {  # name: (the formula, what cfg.json says)
     "standard": ("standard", {"architecture": "standard"}),
-    "topk": ("topk", {"architecture": "topk", "k": 7}),
+    "topk": ("topk", {"architecture": "topk", "k": 7.0}),
     "topk of SAELens 3": ("topk", {"architecture": "standard", "activation_fn_str": "topk",
                                    "activation_fn_kwargs": {"k": 7}}),
     "jumprelu": ("jumprelu", {}),
@@ -968,6 +971,8 @@ def test_any_sae_in_saelens_format_is_read(work, name):
               "threshold": (48,)}
     w = {key: 0.3 * torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
     formula, spec = FORMATS[name]
+    if formula != "jumprelu":
+        del w["threshold"]
     sae = evaluate.load_sae(save_foreign(work / "foreign" / name, w, **spec))
     x = torch.randn(20, D_IN, generator=generator)
     shift = w["b_dec"] if name == "b_dec is not subtracted" else 0
@@ -1687,6 +1692,10 @@ BAD = {  # settings, words of the answer
     "two settings": ({"window": 9}, "--chunk_size"),
     "layer too high": ({"layer": 3}, "layers 0 to 2"),
     "resume nothing": ({"resume": True}, "no run"),
+    "control of no loss": ({"control": "permuted", "temp_alpha": 0}, "--control permuted needs"),
+    "split of the embedded text": ({"dataset": prepare.EMBEDDED_TEXT, "split": "test"}, "--split"),
+    "cache in the text": ({"dataset": "{bad}", "cache_dir": "{bad}/cache"}, "--cache_dir inside"),
+    "model is a file": ({"model": "{bad}/short.txt"}, "is a file"),
     "model wants its own code run": ({"model": "{bad}/remote_code"}, "--model"),
     "model BERT": ({"model": "{bad}/bert"}, "BertForMaskedLM, not a causal"),
     "weights pickled": ({"model": "{bad}/pickled_weights"}, "its weights cannot be loaded"),
@@ -1715,8 +1724,9 @@ def test_what_cannot_work_is_refused_and_leaves_nothing_behind(work, quick, bad,
 
 def test_failures_are_one_sentence_and_debug_shows_where(work, quick, monkeypatch, capsys):
     words = argv(quick, out_dir=work / "refused")
-    for changes in (["--model", "someone/a-model"], ["--dataset", "someone/a-text"]):
-        refused(capsys, 1, "for the embedded one", experiment.main, words + changes)
+    for changes, answer in ((["--model", "someone/a-model"], "for the embedded one"),
+                            (["--dataset", "someone/a-text@v1"], "someone/a-text/revision/v1")):
+        refused(capsys, 1, answer, experiment.main, words + changes)
     monkeypatch.setattr(experiment, "run", lambda cfg, stop: json.loads("{"))
     refused(capsys, 1, "(--debug shows where)", experiment.main, words)  # a library's ValueError
     assert experiment.main([*words, "--debug"]) == 1
@@ -1751,6 +1761,7 @@ def test_bad_scoring_is_refused_and_no_score_is_lost(work, base, capsys):
     for content, words, answer in (
             (whole, ["--fast"], "--fast"),
             (whole, ["--reconstruction_rows", "2"], "give --out FOLDER"),
+            (whole, ["--out", str(file)], "is a file"),
             (flipped, [], "SHA-256"),
             (evil, [], "cannot be used")):
         file.write_bytes(content)
@@ -1801,8 +1812,8 @@ def test_the_study_runs_what_is_missing_and_reports_what_fails(work, seeds, monk
 def plotted(words):
     """plot.py in a process of its own, which must not need torch. -> exit code, what it printed"""
     code = "import sys, plot; code = plot.main(); sys.exit(3 if 'torch' in sys.modules else code)"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=HERE,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=HERE, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -1818,7 +1829,7 @@ def test_all_pictures_are_drawn_from_json_alone(work, base, seeds):
                 "whole_a0.1,0,16,.02"):
         lines.append(f"{run},.6,.7,.2,.1,.8,.1")
     write(runs / "study.csv", "\n".join(lines))
-    out = work / "pictures"
+    out = work / "pictüres"
     code, printed = plotted(["--runs_dir", runs, "--out_dir", out, "--figures"])
     assert code == 0 and "skipped" not in printed and "Warning" not in printed, printed
     for make in plot.PICTURES + plot.FIGURES:
@@ -1860,6 +1871,7 @@ def test_the_page_is_one_file_that_a_browser_sorts_and_filters(work, run, tiny):
     settings = tiny | {"dataset": write(work / "nasty.jsonl", json_lines(rows)), "score": False}
     runs = [run("nasty_baseline", settings, temp_alpha=0), run("nasty", settings)]
     assert page.main([*map(str, runs), "--out", str(work / "latents.html")]) == 0
+    assert page.main([str(runs[1]), "--out", str(runs[1] / "config.json")]) == 2
     content = (work / "latents.html").read_text(encoding="utf-8")
     assert NASTY not in content and content.count("<script") == content.count("</script>") == 2
     assert not re.findall(r'(?:src|href)="https?://', content), "it asks the network for nothing"
