@@ -89,12 +89,15 @@ class OurStep:
             settings["temp_alpha"] = 0.0
         cfg = Config(d_sae=d_sae, k=k, sparsity=sparsity, batch_size=len(x), **settings)
         self.trainer = experiment.Trainer(cfg, x.shape[1], stats, 0, x.device)
-        self.x = x
         token = torch.arange(len(x), dtype=torch.int32, device=x.device).view(-1, cfg.chunk_size)
-        self.doc = token // cfg.chunk_size + 1  # each chunk its own document
+        doc = token // cfg.chunk_size + 1  # each chunk its own document
+        viewed = torch.arange(len(doc) // 2, device=x.device)
+        view, view_doc = x[: len(x) // 2], doc[viewed]
+        bank, bank_doc = x[: cfg.bank], doc.flatten()[: cfg.bank]
+        self.batch = experiment.Batch(x, doc, len(x), viewed, view, view_doc, bank, bank_doc)
 
     def __call__(self):  # step 101: after the warm-up, and without a look at dead latents
-        return self.trainer.step(self.x, self.doc, len(self.x), 101)
+        return self.trainer.step(self.batch, 101)
 
 
 def five_products(x, d_sae, dtype):

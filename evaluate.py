@@ -33,6 +33,8 @@ trained on; BOS, EOS, PAD and attention sinks are left out:
                           the 5 latents whose class means differ most; mean over topics
     token_class_5         the same for the class of a token: word part, punctuation, digit, capital
     document_id           which of 120 documents a token is from: accuracy of one multinomial probe
+    document_id_shifted   the same for passages: fitted where each is read alone, scored on its other
+                          half after 64 tokens of another document, so place and neighbours do not help
     boundary              AUROC with which 1 - cos(mean leading code of the 8 tokens before, after)
                           tells a join of two documents from a place inside one
     position_probe        accuracy with which a probe on the leading latents tells in which eighth
@@ -98,10 +100,11 @@ SAMPLE_CODES = 20_000_000  # and at most so many codes: 240 MB
 MATRIX_SIDE = 128  # position matrices are at most this wide; longer contexts share cells
 ID_TOKENS = 25  # tokens of a document that the document probe reads
 EDGE = 8  # tokens on each side of a place that may be a boundary
+PASSAGE = 44  # tokens of a passage that is read twice, at other places
 # what config.json or the command line may say of the text, handed on to prepare.text_rows
 TEXT_OPTIONS = (
-    "context_size", "harvest_tokens", "eval_rows", "text_field", "dataset_config", "split",
-    "sample_by", "encoding", "cache_dir")
+    "context_size", "harvest_tokens", "view_share", "eval_rows", "text_field", "dataset_config",
+    "split", "sample_by", "encoding", "cache_dir")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -934,18 +937,39 @@ def document_id(features, rows):
     """Which document is a token from? T-SAE's context probe (arXiv 2511.05541). -> accuracy
 
     One multinomial probe on three quarters of the tokens of a draw, scored on the rest; mean over
-    draws, for one alone is noisy. Columns: the union over documents of the 5 whose mean
-    exceeds that of the other documents most, chosen on the training side.
+    draws, for one alone is noisy. It reads the telling_columns of the training side.
     """
     found = []
     for tokens, order in rows.draws:
         y = np.arange(len(tokens)) // ID_TOKENS
         train, test = np.split(order, [int(0.75 * len(y))])
         a = features[tokens[train]].astype(np.float64)
-        gaps = np.array([class_gap(a, y[train] == number) for number in np.unique(y[train])])
-        columns = np.unique(np.argsort(-gaps, axis=1, kind="stable")[:, :5])
+        columns = telling_columns(a, y[train])
         found.append(accuracy(a[:, columns], features[tokens[test]][:, columns], y[train], y[test]))
     return np.mean(found)
+
+
+def telling_columns(values, y):
+    """The union over the classes in y of the 5 columns whose mean exceeds that of the others most."""
+    gaps = np.array([class_gap(values, y == number) for number in np.unique(y)])
+    return np.unique(np.argsort(-gaps, axis=1, kind="stable")[:, :5])
+
+
+def document_id_shifted(alone, shifted):
+    """Which of 120 passages is a token from, at a place where the probe has not seen it? -> accuracy
+
+    Fitted on the first 22 tokens of each passage read alone, scored on its other 22 tokens read
+    after another document. alone, shifted (n,d): the same tokens, 44 a passage. NaN for one passage.
+    """
+    n = min(alone.shape[0], 120 * PASSAGE)
+    if n == PASSAGE:
+        return math.nan
+    y = np.arange(n) // PASSAGE
+    train = np.flatnonzero(np.arange(n) % PASSAGE < PASSAGE // 2)
+    test = train + PASSAGE // 2
+    a = alone[train].astype(np.float64)
+    columns = telling_columns(a, y[train])
+    return accuracy(a[:, columns], shifted[test][:, columns], y[train], y[test])
 
 
 def smoothed(codes, rows):
@@ -1071,18 +1095,14 @@ def position_eta2(codes, rows):
     return between / variance - ((n > 0).sum() - 1) / valid.size
 
 
-def shift_consistency(sae, alone, shifted):
+def shift_consistency(alone, shifted):
     """(d_sae,) correlation of each latent's code with itself over the tokens of the passages.
 
-    alone, shifted (n, m, d_in): the activations of the same tokens. NaN for a latent that fires
-    less than MIN_FIRINGS times where they are read alone; 0 for one that then never fires again.
+    alone, shifted csr (n,d_sae): codes of the same tokens. NaN for a latent that fires less than
+    MIN_FIRINGS times where they are read alone; 0 for one that then never fires again.
     """
-    both = []
-    for acts in (alone, shifted):
-        blocks = [to_csr(sae.encode(x.flatten(0, 1).float())) for x in acts.split(BATCH_ROWS)]
-        both.append(sparse.vstack(blocks).tocsr())
-    rho = pearson(pair_sums(*both), both[0].shape[0])
-    return np.where(both[0].getnnz(axis=0) >= MIN_FIRINGS, np.nan_to_num(rho), np.nan)
+    rho = pearson(pair_sums(alone, shifted), alone.shape[0])
+    return np.where(alone.getnnz(axis=0) >= MIN_FIRINGS, np.nan_to_num(rho), np.nan)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1124,6 +1144,14 @@ def encode_rows(sae, rows, acts):
     return fidelity, sparse.vstack(kept).tocsr()
 
 
+@torch.inference_mode()
+def encode_passages(sae, acts):
+    """Activations (N,T,d_in) -> csr codes (N*T,d_sae)."""
+    blocks = acts.to(sae.W_dec.device).split(BATCH_ROWS)
+    codes = [to_csr(sae.encode(block.flatten(0, 1).float())) for block in blocks]
+    return sparse.vstack(codes).tocsr()
+
+
 class References:
     """What raw activations and slow linear directions tell: the same for every SAE on these rows.
 
@@ -1135,7 +1163,7 @@ class References:
         self.rows = held_out.rows.cut(0, len(acts))
         self.text = held_out.text
         self.n_lead = n_lead
-        self.passages = passages(cfg, held_out)
+        self.passages = passages(cfg, held_out)  # None or two (n,PASSAGE,d_in)
         self.lags = [lag for lag in (1, 2, 4, 8, 16, 32, 64) if lag < self.rows.context]
         # (n,d_in) raw activations of the sample less their mean, 0 where a token is left out
         x = acts.flatten(0, 1).float().numpy()
@@ -1149,13 +1177,14 @@ class References:
             "linear_limit": {"fitted_at": BEST_LAG, "mean": {}},
             "probes": {
                 "token_topic": token_topic(self.x, self.rows, raw | {"raw_all": slice(None)}),
-                "document_id": {"documents": n, "chance": ratio(1, n)}},
+                "document_id": {"documents": n, "chance": ratio(1, n)},
+                "document_id_shifted": {}},
             "boundary": boundary(self.x, self.rows, raw),
             "position": {"probe": {"raw": position_probe(self.x, self.rows), "chance": 1 / 8},
                          "eta2": {}, "shift": {}}}
         if self.passages is not None:
-            alone, shifted = [part.float() for part in self.passages]
-            centre = alone.mean((0, 1))
+            alone, shifted = [part.float().flatten(0, 1) for part in self.passages]
+            centre = alone.mean(0)
             same = F.cosine_similarity(alone - centre, shifted - centre, dim=-1)
             self.blocks["position"]["shift"]["raw"] = same.mean()
         self.add_slow_directions(*training_rows(cfg, held_out))
@@ -1177,6 +1206,11 @@ class References:
         probes["token_topic"] |= token_topic(lead, self.rows, {"slow": slice(None)})
         probes["document_id"]["slow"] = document_id(lead, self.rows)
         self.blocks["position"]["probe"]["slow"] = position_probe(lead, self.rows)
+        if self.passages is not None:
+            both = [part.flatten(0, 1).double().numpy() @ directions[:, :self.n_lead]
+                    for part in self.passages]
+            probes["document_id_shifted"] = {"slow": document_id_shifted(*both)}
+            self.blocks["position"]["shift"]["slow"] = pearson(pair_sums(*both), len(both[0])).mean()
 
 
 def training_rows(cfg, held_out):
@@ -1198,7 +1232,7 @@ def passages(cfg, held_out):
     """
     if held_out.lm is None:
         return None
-    documents = [ids for ids in held_out.inputs.openings if len(ids) >= 66]
+    documents = [ids for ids in held_out.inputs.openings[cfg["eval_split"]] if len(ids) >= 66]
     n = min(160, len(documents) // 2)
     bos, _ = prepare.special_ids(held_out.tokenizer)
     alone = [[bos, *ids[:48]] for ids in documents[:n]]
@@ -1207,7 +1241,7 @@ def passages(cfg, held_out):
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     if n == 0 or len(shifted[0]) > limit:
         return None
-    return [cached_activations(cfg, held_out.lm, held_out.block, np.array(rows))[:, -44:]
+    return [cached_activations(cfg, held_out.lm, held_out.block, np.array(rows))[:, -PASSAGE:]
             for rows in (alone, shifted)]
 
 
@@ -1247,7 +1281,13 @@ def consistency(sae, fidelity, codes, refs, is_first):
         "smoothed": document_id(average, rows)}
     out["boundary"] |= boundary(codes, rows, parts)
     at = max(k for k, lag in enumerate(refs.lags) if lag <= BEST_LAG)
-    add_position(out["position"], sae, codes, rows, refs.passages, {"lead": lead, "best": best[at]})
+    both = None
+    if refs.passages is not None:
+        both = [encode_passages(sae, part) for part in refs.passages]
+        probes["document_id_shifted"] |= {
+            "whole": document_id_shifted(*both),
+            "lead": document_id_shifted(*[part[:, :n] for part in both])}
+    add_position(out["position"], codes, rows, both, {"lead": lead, "best": best[at]})
     out["redundancy"], picture = redundancy(codes, int(rows.valid.sum()), fires, latents)
     if is_first:
         varies = refs.x.std(0) > 0
@@ -1262,12 +1302,12 @@ def consistency(sae, fidelity, codes, refs, is_first):
     return out
 
 
-def add_position(block, sae, codes, rows, both, groups):
-    """Add to the block "position" what the latents of each group tell; both: see passages."""
+def add_position(block, codes, rows, both, groups):
+    """Add to the block "position" what the latents of each group tell; both: codes of passages."""
     eta2 = position_eta2(codes, rows)
     same = np.full(len(eta2), np.nan)
     if both is not None:
-        same = shift_consistency(sae, *both)
+        same = shift_consistency(*both)
         block["shift"]["whole"] = np.nanmean(same)
     for name, latents in groups.items():
         block["eta2"][name] = np.nanmean(eta2[latents])
@@ -1287,6 +1327,7 @@ def headline(tree):
         "token_topic_5_lead": topic["lead"], "token_topic_5_rest": topic["rest"],
         "token_class_5": tree["probes"]["token_class"]["whole"],
         "document_id": tree["probes"]["document_id"]["whole"],
+        "document_id_shifted": tree["probes"]["document_id_shifted"].get("whole"),
         "boundary": tree["boundary"]["lead"]}
     for group, ending in (("whole", ""), ("lead", "_lead"), ("rest", "_rest"), ("best", "_best")):
         head[f"autocorr_16{ending}"] = dict(zip(tree["lags"], auto[group])).get(16)
@@ -1321,15 +1362,16 @@ def summarise(per_seed, mcc):
 # What the command line may say in place of config.json.
 OPTIONS = {
     str: ("model", "dtype", "device", "dataset", "dataset_config", "split", "text_field",
-          "sample_by", "encoding", "acts", "acts_mask", "cache_dir"),
-    int: ("layer", "context_size", "harvest_tokens", "eval_rows", "reconstruction_rows")}
+          "sample_by", "encoding", "acts", "acts_mask", "eval_split", "cache_dir"),
+    int: ("layer", "context_size", "harvest_tokens", "eval_rows", "reconstruction_rows"),
+    float: ("view_share",)}
 TEXT_ONLY = (  # of no effect where activations are given
     "model", "layer", "dataset", "dataset_config", "split", "text_field", "sample_by", "encoding",
-    "context_size", "harvest_tokens", "reconstruction_rows")
+    "context_size", "harvest_tokens", "view_share", "reconstruction_rows")
 DEFAULTS = {  # of what a run's config.json or the command line does not say
     "dtype": "auto", "device": "auto", "dataset": prepare.EMBEDDED_TEXT,
-    "acts": "", "acts_mask": "", "context_size": 128, "eval_rows": 464, "reconstruction_rows": 64,
-    "cache_dir": ""}
+    "acts": "", "acts_mask": "", "context_size": 128, "eval_rows": 464, "eval_split": "test",
+    "reconstruction_rows": 64, "cache_dir": ""}
 
 
 def read_settings(folder, changes):
@@ -1437,10 +1479,11 @@ def hold_out(cfg, width, device):
     """The HeldOut of these settings, for an SAE that reads `width` dimensions."""
     if cfg["acts"]:
         inputs = prepare.load_acts(cfg["acts"], cfg["acts_mask"], cfg["eval_rows"])
-        acts = inputs.acts[inputs.heldout]
-        rows = Rows(None, inputs.doc[inputs.heldout], {})
+        chosen = getattr(inputs, cfg["eval_split"])
+        acts = inputs.acts[chosen]
+        rows = Rows(None, inputs.doc[chosen], {})
         scored_on = {"model": None, "layer": None, "dtype": str(acts.dtype).removeprefix("torch."),
-                     "dataset": Path(cfg["acts"]).stem}
+                     "dataset": Path(cfg["acts"]).stem, "eval_split": cfg["eval_split"]}
         sha256 = prepare.sha256(rows.doc, acts.view(torch.uint8).numpy())
         held_out = HeldOut(rows, rows.cut(0, 0), acts, inputs, {"scored_on": scored_on}, sha256)
     else:
@@ -1465,7 +1508,7 @@ def read_text(cfg, device):
     prepare.check_model(model, layer, cfg["context_size"])
     options = {name: cfg[name] for name in TEXT_OPTIONS if name in cfg}
     inputs = prepare.text_rows(cfg["dataset"], model, **options)
-    tokens, doc = inputs.heldout
+    tokens, doc, _ = getattr(inputs, cfg["eval_split"])
     held = Rows(tokens.astype(np.int64), np.array(doc), inputs.topics)
     n_ce = cfg["reconstruction_rows"]
     if not 0 <= n_ce < len(doc):
@@ -1478,7 +1521,7 @@ def read_text(cfg, device):
     acts = cached_activations(cfg, lm, block, rows.tokens)
     scored_on = {
         "model": public_name(model), "layer": layer, "dtype": str(dtype).removeprefix("torch."),
-        "dataset": public_name(cfg["dataset"])}
+        "dataset": public_name(cfg["dataset"]), "eval_split": cfg["eval_split"]}
     sha256 = prepare.sha256(held.tokens, held.doc)
     return HeldOut(rows, held.cut(0, n_ce), acts, inputs, {"scored_on": scored_on}, sha256,
                    lm, block, tokenizer, prepare.token_text(tokenizer))
@@ -1643,8 +1686,9 @@ def parse(argv):
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for kind, names in OPTIONS.items():
         for name in names:
-            parser.add_argument(
-                f"--{name}", type=kind, default=argparse.SUPPRESS, help="as in experiment.py")
+            choices = ("test", "validation") if name == "eval_split" else None
+            parser.add_argument(f"--{name}", type=kind, choices=choices,
+                                default=argparse.SUPPRESS, help="as in experiment.py")
     return parser.parse_args(argv)
 
 

@@ -96,7 +96,13 @@ class Config:
                           "leave it out")
     context_size: int = flag(128, "tokens a row, BOS included", least=2)
     harvest_tokens: int = flag(524_288, "distinct training tokens", least=1)
-    eval_rows: int = flag(464, "held-out rows, of documents that are never trained on", least=1)
+    view_share: float = flag(0.25, "share of them that is read a second time, at another place in a "
+                             "row and after other documents; a token's temporal target is then "
+                             "from its other view; 0: from its own row", least=0)
+    eval_rows: int = flag(464, "test rows, and as many validation rows, of documents that are never "
+                          "trained on", least=1)
+    eval_split: str = flag("test", "rows that are scored: what is chosen is chosen on validation, "
+                           "what is reported is of test", ("test", "validation"))
     reconstruction_rows: int = flag(64, "how many of these are kept for CE and KL only; 0: neither "
                                     "is measured", least=0)
     cache_gb: float = flag(20.0, "most disk for activations; a larger harvest is trained on in "
@@ -124,8 +130,11 @@ class Config:
                               "infonce_dot of inner products in raw units", above=0)
     matryoshka_alpha: float = flag(0.0, "weight of a reconstruction by the leading latents alone "
                                    "(Bussmann et al. 2025); 0 is off", least=0)
-    control: str = flag("none", "window_infonce: take the target from another chunk, or shuffle the "
-                        "tokens of each document first", ("none", "other_docs", "permuted"))
+    bank: int = flag(1024, "window_infonce: targets of other documents from which a token's own must "
+                     "be told", least=1)
+    control: str = flag("none", "window_infonce: the target is from another document, from the same "
+                        "one with its tokens shuffled, or of later tokens only, which the token "
+                        "itself has not read", ("none", "other_docs", "permuted", "later"))
     # -- training
     train_tokens: int = flag(3_000_000, "tokens trained on in all; the harvest is passed over again "
                              "and again", least=1)
@@ -178,7 +187,6 @@ def check(cfg):
     for f in fields(cfg):
         check_value(f, getattr(cfg, f.name))
     n_chunks = cfg.batch_size // cfg.chunk_size
-    contrast = cfg.temporal and cfg.temp_loss == "window_infonce"
     text = Path(cfg.dataset).resolve()
     refuse = [  # (whether it is wrong, what is wrong); runs/study belongs to train.py
         (RANK >= WORLD,
@@ -189,6 +197,7 @@ def check(cfg):
          f"--out_dir {cfg.out_dir} does not name a directory of its own"),
         (cfg.temporal_fraction > 1,
          f"--temporal_fraction {cfg.temporal_fraction} is above 1"),
+        (cfg.view_share > 1, f"--view_share {cfg.view_share} is above 1"),
         (cfg.temporal and cfg.window > cfg.chunk_size,
          f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}"),
         (not cfg.acts and cfg.context_size % cfg.chunk_size > 0,
@@ -196,15 +205,12 @@ def check(cfg):
         (cfg.batch_size % cfg.chunk_size > 0 or n_chunks % WORLD > 0,
          f"--batch_size {cfg.batch_size} is not a whole number of chunks of {cfg.chunk_size} tokens "
          f"for each of {WORLD} processes"),
-        (contrast and n_chunks // WORLD < 2,
-         f"--batch_size {cfg.batch_size} is too small for --temp_loss window_infonce: each process "
-         f"needs 2 chunks of {cfg.chunk_size} tokens, to have other documents"),
         (cfg.k > cfg.d_sae and cfg.sparsity != "l1",
          f"--k {cfg.k} is larger than --d_sae {cfg.d_sae}"),
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
          "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero"),
         (cfg.l1_alpha != Config.l1_alpha and cfg.sparsity != "l1", "--l1_alpha needs --sparsity l1"),
-        (cfg.control != "none" and not contrast,
+        (cfg.control != "none" and not (cfg.temporal and cfg.temp_loss == "window_infonce"),
          f"--control {cfg.control} needs --temp_loss window_infonce with a weight above 0"),
         (not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
          f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
@@ -403,12 +409,12 @@ def same_document(doc, lag):
     return (doc[:, :-lag] == doc[:, lag:]) & (doc[:, lag:] > 0)
 
 
-def window_mean(x, doc, window, place=None, at=slice(None)):
+def window_mean(x, doc, window, place=None, at=slice(None), later=False):
     """The mean of the other tokens of the same document that are less than `window` away.
 
     x (N, T, d), doc (N, T); `at`: which T' of the T tokens get a mean; place (N, T): where each
-    token stands, if not in the order of x. -> means (N, T', d), and (N, T') bool: are there enough
-    tokens for one?
+    token stands, if not in the order of x; later: of the tokens behind it only. -> means (N, T', d),
+    and (N, T') bool: are there enough tokens for one?
 
     >>> x = torch.tensor([[[1.], [2.], [6.], [9.]]])
     >>> window_mean(x, torch.tensor([[5, 5, 5, 7]]), 2)[0].flatten()  # 2; (1+6)/2; 2; none
@@ -416,7 +422,9 @@ def window_mean(x, doc, window, place=None, at=slice(None)):
     """
     if place is None:
         place = torch.arange(doc.shape[1], device=doc.device).expand(doc.shape)
-    away = (place[:, at, None] - place[:, None, :]).abs()
+    away = place[:, None, :] - place[:, at, None]
+    if not later:
+        away = away.abs()
     same = (doc[:, at, None] == doc[:, None, :]) & (doc[:, at, None] > 0)
     others = same & (away > 0) & (away < window)  # the token itself is not part of its own target
     count = others.sum(2)
@@ -429,15 +437,17 @@ def window_mean_target(x, doc, cfg, step, at=slice(None)):
     """The targets of the leading latents at T' of the T tokens (N, T', d), which of these tokens
     have one, and of which document it is (N, T'); see window_mean.
 
-    Two controls keep the loss and change the target. `other_docs` takes it from another chunk.
+    Three controls keep the loss and change the target. `other_docs` takes it from another chunk.
     `permuted` shuffles each stretch of one document within the chunk before it takes window means,
-    so that the target is the mean of random others of the same document.
+    so that the target is the mean of random others of the same document. `later` leaves out the
+    tokens before, which the language model has read when it comes to the token.
     """
     place = shuffle_within_documents(doc, step) if cfg.control == "permuted" else None
-    target, enough = window_mean(x, doc, cfg.window, place, at)
+    target, enough = window_mean(x, doc, cfg.window, place, at, cfg.control == "later")
     owner = doc[:, at]
     if cfg.control == "other_docs":
-        return target.roll(1, 0), enough & enough.roll(1, 0), owner.roll(1, 0)
+        enough = enough & enough.roll(1, 0) & (owner != owner.roll(1, 0))
+        return target.roll(1, 0), enough, owner.roll(1, 0)
     return target, enough, owner
 
 
@@ -453,48 +463,33 @@ def shuffle_within_documents(doc, step):
     return (stretch + 0.99 * noise).argsort(1)
 
 
-def window_infonce_loss(z, W_lead, target, enough, owner, doc, temperature):
-    """InfoNCE: what a token's leading latents decode to must pick out its target among those of
-    other documents.
+def window_infonce_loss(z, W_lead, target, bank, left_out, temperature):
+    """InfoNCE: what a token's leading latents decode to must pick out its target among the bank's.
 
-    z (N, T, F) leading codes, W_lead (F, d) their decoder rows; target (N, T, d) less b_dec, for
-    activations with a mean square of 1 a dimension; enough (N, T): which tokens have a target;
-    owner (N, T): of which document it is; doc (N, T). The guess z @ W_lead is compared by cosines
-    with the targets at the same place of all chunks; those of other documents are the negatives.
-    Contrastive predictive coding (van den Oord et al. 2018), except that the targets are not
-    learned, so they cannot collapse.
+    z (M, F) leading codes, W_lead (F, d) their decoder rows; target (M, d) and bank (K, d) less
+    b_dec, for activations with a mean square of 1 a dimension; left_out (M, K) bool: which of the
+    bank do not count, for they are of the token's own document. -> (M,), the loss of each token
+    The guess z @ W_lead is compared by cosines. Contrastive predictive coding (van den Oord et al.
+    2018), except that the targets are not learned, so they cannot collapse.
 
-    >>> z = target = torch.eye(2).view(2, 1, 2)
-    >>> yes = torch.ones(2, 1, dtype=torch.bool)
-    >>> doc = torch.tensor([[1], [2]])
-    >>> window_infonce_loss(z, torch.eye(2), target, yes, doc, doc, 1.0)  # log(1 + 1/e)
-    tensor(0.3133)
+    >>> z = target = bank = torch.eye(2)
+    >>> window_infonce_loss(z, torch.eye(2), target, bank, torch.eye(2) > 0, 1.0)  # log(1 + 1/e)
+    tensor([0.3133, 0.3133])
     """
-    n_chunks, _, d = target.shape
     # A vector shorter than a tenth of an activation's norm is divided by that length, not by its
     # own: near zero the gradient of a cosine has no bound.
-    shortest = 0.1 * d**0.5
-    # For a small lead the vector z @ W_lead is never computed; its inner products and its length
-    # follow from F numbers a token, which is less work than d.
+    shortest = 0.1 * W_lead.shape[1] ** 0.5
+    target = target / target.norm(dim=1, keepdim=True).clamp(min=shortest)
+    bank = bank / bank.norm(dim=1, keepdim=True).clamp(min=shortest)
+    # The guess, d numbers a token, is never computed: products and length follow from z alone.
     with torch.autocast(z.device.type, enabled=False):  # bfloat16 is too coarse for logits
-        along = target @ W_lead.t() / target.norm(dim=2, keepdim=True).clamp(min=shortest)
-        if len(W_lead) < d:
-            square = ((z @ (W_lead @ W_lead.t())) * z).sum(2)
-        else:
-            square = (z @ W_lead).square().sum(2)
-        norm = square.clamp(min=shortest**2).sqrt()
-        dot = z.transpose(0, 1) @ along.permute(1, 2, 0)  # (T, N of leads, N of targets)
-    logits = dot / (temperature * norm.t()[..., None])
-    enough, owner, doc = enough.t(), owner.t(), doc.t()
-    # Not used as negatives: targets that do not exist, and those of the token's document and of its
-    # target's (another one with the control other_docs).
-    left_out = ~enough[:, None, :] | (owner[:, None, :] == doc[:, :, None])
-    left_out |= owner[:, None, :] == owner[:, :, None]
-    left_out.diagonal(dim1=1, dim2=2).fill_(False)  # the right answer stays
-    logits = logits.masked_fill(left_out, -torch.inf).flatten(0, 1)  # (T * N, N)
-    label = torch.arange(n_chunks, device=target.device).where(enough, -100)  # -100: no target
-    loss = F.cross_entropy(logits, label.flatten(), ignore_index=-100, reduction="sum")
-    return loss / enough.sum().clamp(min=1)
+        square = ((z @ (W_lead @ W_lead.t())) * z).sum(1, keepdim=True)
+        length = square.clamp(min=shortest**2).sqrt()
+        own = (z * (target @ W_lead.t())).sum(1, keepdim=True)
+        others = z @ (bank @ W_lead.t()).t()
+    logits = torch.cat([own, others], 1) / (temperature * length)
+    logits[:, 1:].masked_fill_(left_out, -torch.inf)
+    return logits.logsumexp(1) - logits[:, 0]
 
 
 def sqdiff_loss(codes, doc, window):
@@ -553,12 +548,26 @@ TEMP_LOSSES = ("window_infonce", "infonce", "infonce_dot", *PAIR_LOSSES)
 
 DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits for the GPU
 # These terms see a quarter of the batch, a fair sample at a part of the cost. Neighbours have nearly
-# the same window mean, so window_infonce takes every fourth token of all chunks. Pairs need
+# the same window mean, so window_infonce takes every second token of half of the chunks. Pairs need
 # neighbours, so PAIR_LOSSES take the first quarter of the chunks, which are shuffled; so does AuxK.
-WINDOW_STRIDE = 4
+WINDOW_STRIDE = 2
+VIEWED_SHARE = 2
 PAIR_SHARE = 4
 AUXK_SHARE = 4
 NEAR = 0.75  # window_infonce reads leading latents above this share of batchtopk's threshold
+
+
+class Batch(NamedTuple):
+    """What one step is trained on: N chunks of T neighbouring tokens, B = N*T."""
+
+    x: torch.Tensor  # (B, d_in) activations, scaled
+    doc: torch.Tensor  # (N, T) the document of each token, 0 where it is left out
+    n_valid: int  # tokens that are not left out; to count them on a GPU would make the host wait
+    viewed: torch.Tensor  # (V,) half of the chunks, first those of which there is another view
+    view: torch.Tensor  # (V*T, d_in) their other view, with --view_share 0 the chunks themselves
+    view_doc: torch.Tensor  # (V, T) as doc, 0 also where a token has no other view
+    bank: torch.Tensor  # (K, d_in) window means of other tokens
+    bank_doc: torch.Tensor  # (K,) their documents
 
 
 class Stats(NamedTuple):
@@ -625,20 +634,16 @@ class Trainer:
         sparse = self.device.type == "cpu" and cfg.sparsity in ("topk", "batchtopk")
         self.encode_batch = encode_sparse if sparse else encode_dense
 
-    def step(self, x, doc, n_valid, step, log=False):
-        """One optimiser step: forward, losses, backward, update.
+    def step(self, batch, step, log=False):
+        """One optimiser step: forward, losses, backward, update. -> the terms as 0-dim tensors
 
-        x (B, d_in) scaled activations, doc (N, T) the document of each of the B = N*T tokens,
-        n_valid: how many of them are ordinary (doc > 0), given because counting on a GPU would
-        make the host wait. Returns the terms as 0-dim tensors.
         If a loss or gradient is not finite, raises FloatingPointError before the update. On a GPU
         an unlogged step does not wait to find out and does not raise: fused Adam skips the update.
         """
         cfg, sae = self.cfg, self.sae
-        ok = doc.flatten() > 0
-        n_valid = max(n_valid, 1)
-        if cfg.layernorm:
-            x = sae.normalise(x)[0]
+        ok = batch.doc.flatten() > 0
+        n_valid = max(batch.n_valid, 1)
+        x = sae.normalise(batch.x)[0] if cfg.layernorm else batch.x
 
         bfloat16 = self.matmul_dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
@@ -649,7 +654,7 @@ class Trainer:
             terms = {"recon": error.sum() / n_valid / self.stats.variance}
             loss = terms["recon"]
             if cfg.temporal:
-                terms["temporal"] = self.temporal_loss(codes, x, doc, step)
+                terms["temporal"] = self.temporal_loss(codes, x, batch, step)
                 if terms["temporal"].ndim:
                     raise ValueError(f"--temp_loss {cfg.temp_loss} gives a tensor of shape "
                                      f"{tuple(terms['temporal'].shape)}, not one number")
@@ -684,23 +689,11 @@ class Trainer:
                 terms["dead"] = torch.tensor(float(len(self.dead)))
         return {name: value.detach() for name, value in terms.items()}
 
-    def temporal_loss(self, codes, x, doc, step):
+    def temporal_loss(self, codes, x, batch, step):
         """The temporal loss of the leading latents; see section 3."""
-        cfg, sae = self.cfg, self.sae
+        cfg, doc = self.cfg, batch.doc
         if cfg.temp_loss == "window_infonce":
-            stride = min(WINDOW_STRIDE, doc.shape[1])
-            at = slice(step % stride, None, stride)
-            x = x.view(*doc.shape, -1)
-            with torch.autocast(self.device.type, enabled=False):  # the target is in float32
-                target, enough, owner = window_mean_target(x, doc, cfg, step, at)
-            # Computed again for a cut that is lower than that of the codes: what is cut off has no
-            # gradient, so this lets a latent just below the threshold learn. Without a threshold
-            # (topk, l1) all positive ones count.
-            pre = sae.pre_activations(x[:, at], slice(cfg.n_lead))
-            z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
-            W_lead = sae.W_dec[: cfg.n_lead]
-            target = target - sae.b_dec.detach()
-            return window_infonce_loss(z, W_lead, target, enough, owner, doc[:, at], cfg.temperature)
+            return self.window_loss(x, batch, step)
         if cfg.temp_loss in PAIR_LOSSES:
             doc = doc[: max(1, len(doc) // PAIR_SHARE)]
             z = codes.first(cfg.n_lead, doc.numel()).float()
@@ -715,6 +708,27 @@ class Trainer:
         cosine = cfg.temp_loss == "infonce"
         z = z.view(*doc.shape, -1)
         return infonce_loss(z, doc, cfg.temperature, cosine) / raw_variance
+
+    def window_loss(self, x, batch, step):
+        """window_infonce_loss of every second token with another view, mean over those."""
+        cfg, sae, view_doc = self.cfg, self.sae, batch.view_doc
+        at = slice(step % WINDOW_STRIDE, None, WINDOW_STRIDE)
+        view = sae.normalise(batch.view)[0] if cfg.layernorm else batch.view
+        with torch.autocast(self.device.type, enabled=False):  # targets are in float32
+            target, enough, owner = window_mean_target(
+                view.view(*view_doc.shape, -1), view_doc, cfg, step, at)
+        target, enough = target.flatten(0, 1), enough.flatten()
+        left_out = (batch.bank_doc == view_doc[:, at, None]) | (batch.bank_doc == owner[..., None])
+        x = x.view(*batch.doc.shape, -1)[batch.viewed][:, at].flatten(0, 1)
+        # Computed again for a cut that is lower than that of the codes: what is cut off has no
+        # gradient, so this lets a latent just below the threshold learn. Without a threshold
+        # (topk, l1) all positive ones count.
+        pre = sae.pre_activations(x, slice(cfg.n_lead))
+        z = (sae.activate(pre) * (pre > NEAR * sae.threshold)).float()
+        b_dec = sae.b_dec.detach()  # the loss does not move its targets
+        loss = window_infonce_loss(z, sae.W_dec[: cfg.n_lead], target - b_dec, batch.bank - b_dec,
+                                   left_out.flatten(0, 1), cfg.temperature)
+        return (loss * enough).sum() / enough.sum().clamp(min=1)
 
     def auxk_loss(self, x, x_hat, ok):
         """AuxK (Gao et al. 2024): the best dead latents explain what is left over.
@@ -871,13 +885,7 @@ class Part(NamedTuple):
     acts: torch.Tensor  # (M, T, d_in) in the model's dtype
     rows: np.ndarray  # (N,) which of the M rows; with --acts the file holds other rows, too
     doc: np.ndarray  # (N, T) int32, a number for the document of each token; 0 is left out
-
-    def chunks(self, ids, chunk_size):
-        """Chunks of neighbouring tokens, numbered through all rows: ids (S,) -> (S, C, d_in)."""
-        per_row = self.doc.shape[1] // chunk_size
-        index = torch.from_numpy(self.rows[ids // per_row] * per_row + ids % per_row)
-        every = self.acts.unflatten(1, (per_row, chunk_size)).flatten(0, 1)
-        return every[to_device(index, every.device)]
+    twin: np.ndarray  # (N, T) the token, counted through all rows, that is its other view, or -1
 
 
 def load_inputs(cfg):
@@ -934,11 +942,12 @@ class Harvest:
             acts = self.inputs.acts
             rows = getattr(self.inputs, split)
             doc = self.inputs.doc[rows]
+            offset = np.arange(doc.size).reshape(doc.shape)  # no token is there twice
         else:
-            tokens, doc = getattr(self.inputs, split)
+            tokens, doc, offset = getattr(self.inputs, split)
             if split == "train":
-                tokens, doc = [array[number * self.n_rows :][: self.n_rows]
-                               for array in (tokens, doc)]
+                tokens, doc, offset = [array[number * self.n_rows :][: self.n_rows]
+                                       for array in (tokens, doc, offset)]
             path = self.file_of(split, number)
             acts = harvested(self.cfg, tokens, path, self.dtype, str(self.device))
             rows = np.arange(len(doc))
@@ -950,7 +959,8 @@ class Harvest:
                 raise ValueError("the calibration rows hold no ordinary token with activations")
             self.sink_limit = prepare.sink_limit(ordinary)
         # attention sinks, and padding, whose norm is 0, are left out
-        return Part(acts, rows, np.where((norms > self.sink_limit) | (norms == 0), 0, doc))
+        doc = np.where((norms > self.sink_limit) | (norms == 0), 0, doc)
+        return Part(acts, rows, doc, prepare.find_twins(doc, offset))
 
     def file_of(self, split, number):
         """The file of some rows in the cache, named by all that decides their activations."""
@@ -969,6 +979,7 @@ class Harvest:
         self.delete_part()
         self.part = on_device(self.rows_of("train", number), self.device)
         self.part_number = number
+        self.bank = self.make_bank()
         if self.n_parts == 1:
             prepare.release_lm()  # what it took is free for training
         n_valid = int((self.part.doc > 0).sum())
@@ -984,7 +995,7 @@ class Harvest:
             self.part_number = None
 
     def batch(self, seed, step):
-        """This process's share: x (B, d_in) float32 scaled, doc (N, T), number of ordinary tokens.
+        """This process's share of a step's batch.
 
         N chunks of T = chunk_size neighbouring tokens are shuffled, not tokens: windows stay whole
         while a batch mixes many documents.
@@ -993,14 +1004,51 @@ class Harvest:
         self.load_part(epoch % self.n_parts)
         order = chunk_order(seed, epoch, self.n_chunks)
         ids = order[place * self.batch_chunks :][: self.batch_chunks][RANK::WORLD]
-        doc = self.part.doc.reshape(-1, self.cfg.chunk_size)[ids]
-        x = to_device(self.part.chunks(ids, self.cfg.chunk_size).flatten(0, 1), self.device)
+        tokens = self.tokens_of(ids)
+        doc = self.part.doc.ravel()[tokens]
         n_valid = int((doc > 0).sum())
-        return x.float() * self.stats.scale, to_device(torch.from_numpy(doc), self.device), n_valid
+        twin = tokens  # without a second view each token is its own
+        if self.cfg.view_share and not self.cfg.acts:
+            twin = self.part.twin.ravel()[tokens]
+        n_viewed = math.ceil(len(ids) / VIEWED_SHARE) if self.cfg.temporal else 0
+        viewed = (twin < 0).all(1).argsort(kind="stable")[:n_viewed]
+        twin = twin[viewed]
+        view = self.activations(np.maximum(twin, 0))
+        view_doc = np.where(twin < 0, 0, doc[viewed])
+        doc, viewed, view_doc = [to_device(torch.from_numpy(array), self.device)
+                                 for array in (doc, viewed, view_doc)]
+        return Batch(self.activations(tokens), doc, n_valid, viewed, view, view_doc, *self.bank)
+
+    def tokens_of(self, ids):
+        """Chunks, numbered through all rows, (N,) -> their tokens, counted so, (N, T)."""
+        chunk_size = self.cfg.chunk_size
+        return ids[:, None] * chunk_size + np.arange(chunk_size)
+
+    def activations(self, tokens):
+        """Tokens, counted through all rows, of any shape -> (n, d_in) float32, scaled."""
+        row, place = np.divmod(tokens.ravel(), self.part.doc.shape[1])
+        index = torch.from_numpy(self.part.rows[row] * self.part.doc.shape[1] + place)
+        every = self.part.acts.flatten(0, 1)
+        x = to_device(every[to_device(index, every.device)], self.device)
+        return x.float() * self.stats.scale
+
+    def make_bank(self):
+        """Window means in the middle of `bank` random chunks -> (K, d_in), their documents (K,)."""
+        cfg = self.cfg
+        ids = np.random.default_rng(self.part_number).permutation(self.n_chunks)[: cfg.bank]
+        tokens = self.tokens_of(ids)
+        doc = self.part.doc.ravel()[tokens]
+        x = self.activations(tokens)
+        if cfg.layernorm:
+            x = SAE.normalise(x)[0]
+        doc = to_device(torch.from_numpy(doc), self.device)
+        middle = slice(cfg.chunk_size // 2, cfg.chunk_size // 2 + 1)
+        target, enough = window_mean(x.view(*doc.shape, -1), doc, cfg.window, at=middle)
+        return target[enough], doc[:, middle][enough]
 
     def calibration_tokens(self):
         """The ordinary tokens of the calibration rows, (n, d_in) float32, unscaled."""
-        acts, rows, doc = self.calibration
+        acts, rows, doc, _ = self.calibration
         return acts[torch.from_numpy(rows)].float()[torch.from_numpy(doc > 0)]
 
     def compute_stats(self):
@@ -1061,10 +1109,10 @@ def train(cfg, seed, harvest, stop):
     idle = cfg.temporal and first == 0  # whether the temporal loss was 0 in every line so far
     with bar, open(log_path, "a") as log_file, stop.waiting(), malloc_keeps_memory():
         for step in range(first, cfg.steps):
-            x, doc, n_valid = harvest.batch(seed, step)
+            batch = harvest.batch(seed, step)
             log = step % cfg.log_every == 0 or step == cfg.steps - 1
-            terms = trainer.step(x, doc, n_valid, step, log)
-            n_tokens += n_valid * WORLD
+            terms = trainer.step(batch, step, log)
+            n_tokens += batch.n_valid * WORLD
             if log:
                 rate = n_tokens / (time.perf_counter() - began)
                 line = {"seed": seed, "step": step, "lr": learning_rate(cfg, step)}
@@ -1073,7 +1121,8 @@ def train(cfg, seed, harvest, stop):
                 idle = idle and line["temporal"] == 0
                 if idle and step >= min(2 * cfg.log_every, cfg.steps - 1):
                     raise ValueError("the temporal loss is 0: no token has enough others of its "
-                                     "document within --window, or other documents in its batch")
+                                     "document within --window, a second view (--view_share) or "
+                                     "other documents to be told from")
                 log_file.write(json.dumps(line) + "\n")
                 log_file.flush()
                 bar.set_postfix(loss=f"{line['loss']:.4f}", l0=f"{line['l0']:.1f}",

@@ -3,8 +3,8 @@
     python prepare.py                                              # the embedded text and model
     python prepare.py --dataset my_texts/ --model path/to/model    # shows what a run would train on
 
-`text_rows` reads documents and packs their tokens into held-out, calibration and training rows,
-once: they are kept in the cache directory. `load_lm` loads the language model, `load_acts` the
+`text_rows` reads documents and packs their tokens into test, validation, calibration and training
+rows, once: they are kept in the cache directory. `load_lm` loads the language model, `load_acts` the
 user's own activations. A ValueError is the user's to mend, a RuntimeError a failure of network,
 disk or pip. Code from a model's or data set's repository is never run.
 """
@@ -665,13 +665,17 @@ def text_identity(source):
 
 
 # ----------------------------------------------------------------------------------------
-# 5. Rows: documents -> tokens -> three splits -> rows of tokens
+# 5. Rows: documents -> tokens -> four splits -> rows of tokens
 # ----------------------------------------------------------------------------------------
 
-SPLITS = ("heldout", "calibration", "train")
-FORMAT = 1  # counted up when the same inputs give other rows
+# Runs are trained on train and scored on test; what is chosen is chosen on validation. Calibration
+# rows give the scale of the input and the threshold.
+SPLITS = ("test", "validation", "calibration", "train")
+FORMAT = 2  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
-OPENING = 128  # tokens of the beginning of each held-out document that are kept for the judge
+HELD_OUT_TOKENS = 1024  # that a document gives to another split than train, so that many are there
+VIEW_ROWS = 64  # training rows whose second view stands next to them
+OPENING = 128  # tokens of the beginning of each test or validation document, kept for the judge
 # A generous estimate. It decides how much text is read at a time and kept of a document, so which
 # documents are read: who changes it counts FORMAT up.
 CHARACTERS_A_TOKEN = 8
@@ -692,16 +696,18 @@ class Split(NamedTuple):
 
     tokens: np.ndarray
     doc: np.ndarray  # 0 at BOS, else the number of the token's document + 1
+    offset: np.ndarray  # the token's place in its document; 0 at BOS
 
 
 class Inputs(NamedTuple):
     """What a run trains on and is judged on."""
 
     train: Split
-    heldout: Split  # of documents that are never trained on
-    calibration: Split  # of further documents that are neither
-    topics: dict  # document number -> label, of held-out documents that have one
-    openings: list  # the first OPENING token ids of each held-out document
+    test: Split  # of documents that are never trained on
+    validation: Split  # of others
+    calibration: Split  # of others
+    topics: dict  # document number -> label, of test and validation documents that have one
+    openings: dict  # split: the first OPENING token ids of each of its documents
     about: dict  # counts of what was read, to be shown
     identity: dict  # of model, text and all that decides the rows
 
@@ -750,19 +756,21 @@ def read_documents(texts, tokenizer, wanted):
 def split_documents(documents, wanted):
     """Documents -> {split: its documents}, for wanted[split] tokens.
 
-    In the order of their hashes, the first documents fill heldout and the next calibration: they
-    are spread over what was read. The rest is train, in the order of reading. Equal texts are in
-    one split; texts that are nearly equal can be in two."""
+    In the order of their hashes, the first documents fill test, the next validation and the next
+    calibration: they are spread over what was read, and each gives HELD_OUT_TOKENS at most. The
+    rest is train, in the order of reading. Equal texts are in one split; texts that are nearly
+    equal can be in two."""
     in_order = sorted(documents, key=lambda document: document.hash)
-    lengths = [len(document.ids) + 1 for document in in_order]  # with a BOS
+    cut = [document._replace(ids=document.ids[:HELD_OUT_TOKENS]) for document in in_order]
+    lengths = [len(document.ids) + 1 for document in cut]  # with a BOS
     filled = np.cumsum([0, *lengths])  # tokens of the first 0, 1, 2, ... documents
     parts = {}
     start = 0
-    for name in ("heldout", "calibration"):
+    for name in SPLITS[:-1]:
         end = min(int(np.searchsorted(filled, filled[start] + wanted[name])), len(in_order))
         while 0 < end < len(in_order) and in_order[end].hash == in_order[end - 1].hash:
             end += 1
-        parts[name] = in_order[start:end]
+        parts[name] = cut[start:end]
         start = end
     parts["train"] = sorted(in_order[start:], key=lambda document: document.number)
     return parts
@@ -775,15 +783,16 @@ def shortfall(parts, wanted):
 
 
 def check_enough(dataset, parts, wanted, context_size):
-    """Raise ValueError when the documents do not fill the held-out rows and one for training."""
+    """Raise ValueError when the documents do not fill the other rows and one for training."""
     lacking = shortfall(parts, wanted)
-    given = wanted["train"] - lacking["train"]
-    if lacking["heldout"] or lacking["calibration"] or given < context_size:
+    lacking_train = lacking.pop("train")
+    given = wanted["train"] - lacking_train
+    if any(lacking.values()) or given < context_size:
         raise ValueError(
             f"--dataset {dataset}: {sum(map(len, parts.values())):,} documents are too few for "
-            f"{wanted['heldout'] // context_size} held-out rows (--eval_rows), "
+            f"{wanted['test'] // context_size} test rows (--eval_rows), as many validation rows, "
             f"{wanted['calibration'] // context_size} for calibration and one for training")
-    if lacking["train"]:
+    if lacking_train:
         say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
             "asked for; training passes over them more often")
 
@@ -792,24 +801,60 @@ def pack(documents, n_rows, context_size, bos):
     """Up to n_rows rows of the documents, one after the other, as a Split.
 
     BOS starts each row and stands between documents in a row; a document goes on in the next."""
-    tokens = []
-    doc = []
+    pieces = [[[], [], []]]  # of tokens, doc and offset, with a BOS before each
     filled = 0
     for document in documents:
-        ids = document.ids
-        while len(ids) and filled < n_rows * context_size:
+        start = 0
+        while start < len(document.ids) and filled < n_rows * context_size:
             room = context_size - filled % context_size - 1  # behind BOS
-            piece = ids[:room]
-            tokens += [[bos], piece]
-            doc += [[0], np.full(len(piece), document.number + 1)]
-            filled += 1 + len(piece)
-            ids = ids[room:]
+            ids = document.ids[start : start + room]
+            offset = np.arange(start, start + len(ids))
+            pieces += [[[bos], [0], [0]], [ids, np.full(len(ids), document.number + 1), offset]]
+            filled += 1 + len(ids)
+            start += len(ids)
     end = filled // context_size * context_size
-    flat = [np.concatenate(parts)[:end].astype(np.int32) for parts in (tokens, doc)]
+    flat = [np.concatenate(parts)[:end].astype(np.int32) for parts in zip(*pieces)]
     return Split(*[array.reshape(-1, context_size) for array in flat])
 
 
-def make_rows(folder, source, model, n_rows, context_size):
+def pack_twice(documents, n_rows, context_size, bos, share):
+    """As pack; behind each VIEW_ROWS rows follow share * VIEW_ROWS with a second view of them.
+
+    That is a packing of the same documents in another order, so the same token stands at another
+    place and after other foreign text."""
+    first = pack(documents, n_rows, context_size, bos)
+    by_number = {document.number: document for document in documents}
+    rng = np.random.default_rng(0)
+    blocks = []
+    for start in range(0, len(first.doc), VIEW_ROWS):
+        block = Split(*[array[start : start + VIEW_ROWS] for array in first])
+        numbers = np.unique(block.doc[block.doc > 0]) - 1
+        shuffled = [by_number[number] for number in rng.permutation(numbers)]
+        blocks += [block, pack(shuffled, round(share * len(block.doc)), context_size, bos)]
+    return Split(*[np.concatenate(arrays) for arrays in zip(*blocks)])
+
+
+def find_twins(doc, offset):
+    """(N,T) each token's document and place in it -> (N,T) where the same token stands once more.
+
+    Counted through all rows; -1 where it does not, and where doc is 0.
+
+    >>> find_twins(np.array([[0, 7, 7], [0, 8, 7]]), np.array([[0, 0, 1], [0, 0, 0]]))
+    array([[-1,  5, -1],
+           [-1, -1,  1]])
+    """
+    key = (doc.astype(np.int64) << 32 | offset).ravel()
+    order = np.argsort(key, kind="stable")
+    before = order[:-1]
+    after = order[1:]
+    same = (key[before] == key[after]) & (doc.ravel()[after] > 0)
+    twin = np.full(key.size, -1)
+    twin[after[same]] = before[same]
+    twin[before[same]] = after[same]
+    return twin.reshape(doc.shape)
+
+
+def make_rows(folder, source, model, n_rows, context_size, view_share):
     """Read the text, split and pack it, and write the parts of Inputs into a new folder."""
     folder.mkdir()
     tokenizer = load_tokenizer(model, source.cache_dir)
@@ -824,33 +869,39 @@ def make_rows(folder, source, model, n_rows, context_size):
         "tokens read": sum(len(document.ids) for document in documents),
         "special tokens dropped": sum(document.dropped for document in documents)}
     for name, n in n_rows.items():
-        split = pack(parts[name], n, context_size, bos)
+        if name == "train":
+            split = pack_twice(parts[name], n, context_size, bos, view_share)
+        else:
+            split = pack(parts[name], n, context_size, bos)
         about[f"documents of {name}"] = len(parts[name])
         about[f"rows of {name}"] = len(split.tokens)
-        np.save(folder / f"{name}-tokens.npy", split.tokens)
-        np.save(folder / f"{name}-doc.npy", split.doc)
-    held = parts["heldout"]
+        for of, array in split._asdict().items():
+            np.save(folder / f"{name}-{of}.npy", array)
+    held = parts["test"] + parts["validation"]
     topics = {document.number: document.label for document in held if document.label is not None}
-    about["documents of heldout with a topic"] = len(topics)
-    openings = [document.ids[:OPENING].tolist() for document in held]
+    about["test and validation documents with a topic"] = len(topics)
+    openings = {name: [document.ids[:OPENING].tolist() for document in parts[name]]
+                for name in ("test", "validation")}
     write_json(folder / "about.json", {"about": about, "topics": topics, "openings": openings})
 
 
-def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, eval_rows=464,
-              calibration_rows=128, cache_dir="", **options):
+def text_rows(dataset, model, *, context_size=128, harvest_tokens=524_288, view_share=0.25,
+              eval_rows=464, calibration_rows=128, cache_dir="", **options):
     """The rows of tokens that a run trains on and is judged on, as Inputs; made once, then read.
 
-    Documents are read in order until they fill the held-out, the calibration and the training
-    rows; see split_documents. ValueError when there are too few. Further options as in Source."""
+    Documents are read in order until they fill the rows of all splits; test and validation have
+    eval_rows each. ValueError when there are too few. view_share: see pack_twice. Further options
+    as in Source."""
     source = Source(dataset, cache_dir=cache_dir, **options)
-    n_rows = {"heldout": eval_rows, "calibration": calibration_rows,
+    n_rows = {"test": eval_rows, "validation": eval_rows, "calibration": calibration_rows,
               "train": math.ceil(harvest_tokens / context_size)}
     identity = {"model": model_identity(model), "text": text_identity(source),
-                "context_size": context_size, "rows": n_rows, "format": FORMAT}
+                "context_size": context_size, "rows": n_rows, "view_share": view_share,
+                "format": FORMAT}
     folder = cache_root(cache_dir) / f"rows-{digest(identity)}"
     with making(folder) as part:
         if part is not None:
-            make_rows(part, source, model, n_rows, context_size)
+            make_rows(part, source, model, n_rows, context_size, view_share)
     found = read_json(folder / "about.json")
     dropped = found["about"]["special tokens dropped"]
     if dropped > 0.01 * found["about"]["tokens read"]:
@@ -876,7 +927,8 @@ class Acts(NamedTuple):
     acts: torch.Tensor  # (N,T,d_in), memory-mapped, in the file's dtype
     doc: np.ndarray  # (N,T) int32: 0 is left out, else the document's number
     train: np.ndarray  # numbers of rows
-    heldout: np.ndarray
+    test: np.ndarray
+    validation: np.ndarray
     calibration: np.ndarray
     identity: dict
 
@@ -909,9 +961,9 @@ def read_mask(path, shape):
 def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     """Acts of a file (N,T,d_in) and of one (N,T) of each token's document (0: left out).
 
-    Rows are held out by a hash of the document that they begin with, at most a quarter of them and
-    an eighth for calibration. A document never counts in two of the splits: its tokens in a row of
-    a later one get doc 0."""
+    Rows are put into splits by a hash of the document that they begin with, at most an eighth of
+    them into each but train. A document never counts in two of the splits: its tokens in a row of a
+    later one get doc 0."""
     acts = read_tensor("--acts", path)
     if not acts.is_floating_point() or acts.ndim != 3 or len(acts) < 8 or acts.shape[1] < 2:
         raise ValueError(f"--acts {path} must be floating point, (N,T,d_in) with N of 8 and T of 2 "
@@ -923,19 +975,17 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     # by the hash of a row's first document; rows without a document come last
     keys = [(number == 0, sha256(str(number)), row) for row, number in enumerate(first)]
     order = np.array([row for _, _, row in sorted(keys)])
-    n_heldout = min(eval_rows, len(acts) // 4)
-    n_calibration = min(calibration_rows, len(acts) // 8)
-    parts = np.split(order, [n_heldout, n_heldout + n_calibration])
-    heldout, calibration, train = [np.sort(part) for part in parts]
-    doc[calibration] *= ~np.isin(doc[calibration], doc[heldout])
-    doc[train] *= ~np.isin(doc[train], doc[[*heldout, *calibration]])
-    if not doc[train].any() or not doc[heldout].any():
+    sizes = [min(n, len(acts) // 8) for n in (eval_rows, eval_rows, calibration_rows)]
+    ends = np.cumsum(sizes)
+    rows = dict(zip(SPLITS, map(np.sort, np.split(order, ends)), strict=True))
+    for name, before in zip(SPLITS[1:], ends):
+        doc[rows[name]] *= ~np.isin(doc[rows[name]], doc[order[:before]])
+    if not doc[rows["train"]].any() or not doc[rows["test"]].any():
         raise ValueError(f"--acts_mask {mask_path}: too few documents to hold some out")
-    identity = {"acts": files_identity([Path(path).expanduser()])[0], "heldout": n_heldout,
-                "calibration": n_calibration}
+    identity = {"acts": files_identity([Path(path).expanduser()])[0], "rows": sizes}
     if mask_path:
         identity["mask"] = sha256(doc)
-    return Acts(acts, doc, train, heldout, calibration, identity)
+    return Acts(acts, doc, identity=identity, **rows)
 
 
 def sink_limit(norms):
@@ -955,7 +1005,8 @@ def parse(argv):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     options = {"model": EMBEDDED_LM, "dataset": EMBEDDED_TEXT, "context_size": 128,
-               "harvest_tokens": 524_288, "eval_rows": 464, **Source._field_defaults}
+               "harvest_tokens": 524_288, "view_share": 0.25, "eval_rows": 464,
+               **Source._field_defaults}
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args(argv)

@@ -307,71 +307,62 @@ def chunks():
     return codes, x, doc
 
 
-def window_mean_by_hand(x, doc, window):
+def window_mean_by_hand(x, doc, window, later=False):
     """Mean over the OTHER tokens of the same document less than `window` away; NaN if too few."""
     out = torch.full(x.shape, math.nan, dtype=torch.float64)
     for n, row in enumerate(doc.tolist()):
         for t in range(len(row)):
-            near = range(max(0, t - window + 1), min(t + window, len(row)))
+            near = range(t if later else max(0, t - window + 1), min(t + window, len(row)))
             others = [s for s in near if s != t and row[s] == row[t] > 0]
             if len(others) >= min(4, window - 1):
                 out[n, t] = x[n, others].double().mean(0)
     return out
 
 
-@pytest.mark.parametrize("window", [2, 3, 8])
-def test_the_window_mean_equals_a_loop_and_crosses_no_document(chunks, window):
+@pytest.mark.parametrize("window, later", [(2, False), (3, False), (8, False), (8, True)])
+def test_the_window_mean_equals_a_loop_and_crosses_no_document(chunks, window, later):
     _, x, doc = chunks
-    mean, enough = experiment.window_mean(x, doc, window)
-    expected = window_mean_by_hand(x, doc, window)
+    mean, enough = experiment.window_mean(x, doc, window, later=later)
+    expected = window_mean_by_hand(x, doc, window, later)
     assert torch.equal(enough, expected[..., 0].isfinite()) and enough.any()
     assert torch.allclose(mean[enough].double(), expected[enough], atol=1e-6)
 
 
-def window_infonce_by_hand(guess, target, enough, owner, doc, temperature):
-    """Each guess against its target and those at the same place of other documents; in float64.
-
-    No negative are targets of the token's own document (doc) and of its target's (owner).
-    """
+def window_infonce_by_hand(guess, target, bank, doc, bank_doc, temperature):
+    """Each guess (d,) against its target and what the bank holds of other documents; in float64."""
     def direction(v):
         length = v.double().norm(dim=-1, keepdim=True)
         return v.double() / length.clamp(min=0.1 * v.shape[-1] ** 0.5)
 
-    a, b = direction(guess), direction(target)
     losses = []
-    for n, t in enough.nonzero().tolist():
-        others = [m for m in range(len(doc))
-                  if enough[m, t] and owner[m, t] not in (doc[n, t], owner[n, t])]
-        logits = b[[n, *others], t] @ a[n, t] / temperature
+    for n, own in enumerate(doc):
+        others = [target[n]] + [bank[m] for m, other in enumerate(bank_doc) if other not in own]
+        logits = direction(torch.stack(others)) @ direction(guess[n]) / temperature
         losses.append(logits.logsumexp(0) - logits[0])
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
 
 
-@pytest.mark.parametrize("turn", [0, 1])  # 1: each target is another chunk's
 @pytest.mark.parametrize("n_lead", [3, 6])  # fewer than the 5 dimensions, and more
-def test_the_window_infonce_equals_a_loop(chunks, n_lead, turn):
+def test_the_window_infonce_equals_a_loop(chunks, n_lead):
     lead, x, doc = chunks
-    lead = lead[..., :n_lead].clone()
-    lead[0, :3] *= 1e-3  # what they add is shorter than what counts as a direction
-    W_lead = torch.randn(lead.shape[2], x.shape[2], generator=torch.Generator().manual_seed(1))
-    target, enough = experiment.window_mean(x, doc, 4)
-    target, owner = target.roll(turn, 0), doc.roll(turn, 0)
-    enough = enough & enough.roll(turn, 0)
-    expected = window_infonce_by_hand(lead @ W_lead, target, enough, owner, doc, 0.3).item()
-    for noise in (0, 1e3):  # what stands where there is no target
-        lead = torch.where(enough[..., None], lead, noise)
-        target = torch.where(enough[..., None], target, -noise)
-        found = experiment.window_infonce_loss(lead, W_lead, target, enough, owner, doc, 0.3)
-        close(found.item(), expected)
+    z = lead[:, 0, :n_lead].clone()
+    z[:3] *= 1e-3  # what they add is shorter than what counts as a direction
+    W_lead = torch.randn(n_lead, 5, generator=torch.Generator().manual_seed(1))
+    target, bank, doc, bank_doc = x[:, 0], x[:9, 1], doc[:, 0], doc[:9, 1]
+    left_out = bank_doc == doc[:, None]
+    expected = window_infonce_by_hand(
+        z @ W_lead, target, bank, doc[:, None].tolist(), bank_doc.tolist(), 0.3)
+    found = experiment.window_infonce_loss(z, W_lead, target, bank, left_out, 0.3)
+    close(found, expected)
 
 
 def test_controls_break_the_order_and_nothing_else(quick, chunks):
-    """other_docs: a target of another chunk. permuted: random other tokens of the document."""
+    """other_docs: a target of another document. permuted: random other tokens of the document."""
     _, x, doc = chunks
     plain, enough = experiment.window_mean(x, doc, 4)
     found = experiment.window_mean_target(x, doc, config(quick, control="other_docs"), 0)
-    expected = (plain.roll(1, 0), enough & enough.roll(1, 0), doc.roll(1, 0))
-    assert all(map(torch.equal, found, expected))
+    both = enough & enough.roll(1, 0) & (doc != doc.roll(1, 0))
+    assert all(map(torch.equal, found, (plain.roll(1, 0), both, doc.roll(1, 0))))
     cfg = config(quick, control="permuted")
     found = [experiment.window_mean_target(x, doc, cfg, step)[0] for step in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=0.1)
@@ -417,7 +408,7 @@ def test_the_examples_in_the_docstrings_hold(module):
 
 
 def a_trainer(quick, **changes):
-    """A Trainer with dead latents, and a batch: x (256, 64), doc (32, 8), number of tokens."""
+    """A Trainer with dead latents, and a Batch of x (256, 64), doc (32, 8), half of it viewed."""
     settings = {"d_sae": 300, "temp_alpha": 0.5, "grad_clip": 0, "k": 8, "init": "xavier",
                 "window": 3, "temporal_fraction": 0.5, "matryoshka_alpha": 0.2}
     generator = torch.Generator().manual_seed(0)
@@ -430,7 +421,12 @@ def a_trainer(quick, **changes):
     stats = experiment.Stats(mean=0.1 * torch.ones(64), scale=0.5, variance=100.0)
     trainer = experiment.Trainer(config(quick, **settings | changes), 64, stats, 0, "cpu")
     trainer.dead = torch.arange(5, 300, 31)
-    return trainer, x, doc, int((doc > 0).sum())
+    viewed = torch.arange(0, 32, 2)
+    view = x.view(32, 8, 64)[viewed].flatten(0, 1) + torch.randn(128, 64, generator=generator)
+    view_doc = torch.where(torch.arange(8) < 6, doc[viewed], 0)
+    bank = torch.randn(12, 64, generator=generator), torch.arange(2, 14)
+    n_valid = int((doc > 0).sum())
+    return trainer, experiment.Batch(x, doc, n_valid, viewed, view, view_doc, *bank)
 
 
 EXTRAS = {"layernorm": True, "nonlinearity": "gelu"}
@@ -442,10 +438,10 @@ STEPS = [*({"temp_loss": loss} for loss in experiment.TEMP_LOSSES), {"sparsity":
 def test_the_sparse_step_has_the_gradients_of_the_dense_one(quick, changes):
     found = []
     for encode in (experiment.encode_sparse, experiment.encode_dense):
-        trainer, *batch = a_trainer(quick, **changes)
+        trainer, batch = a_trainer(quick, **changes)
         assert trainer.encode_batch is experiment.encode_sparse
         trainer.encode_batch = encode
-        terms = trainer.step(*batch, step=7, log=True)
+        terms = trainer.step(batch, step=7, log=True)
         terms["threshold"] = trainer.sae.threshold
         found.append(({name: value.item() for name, value in terms.items()}, trainer.parameters))
     (ours, parameters), (theirs, dense_parameters) = found
@@ -456,10 +452,11 @@ def test_the_sparse_step_has_the_gradients_of_the_dense_one(quick, changes):
 
 
 def test_the_terms_of_the_loss_and_its_gradient_equal_their_formulas(quick):
-    trainer, x, doc, n_valid = a_trainer(quick, temperature=0.3)
+    trainer, batch = a_trainer(quick, temperature=0.3)
+    x, doc, n_valid, viewed, view, view_doc, bank, bank_doc = batch
     trainer.sae.b_dec.data.normal_(generator=torch.Generator().manual_seed(0))
     sae = copy.deepcopy(trainer.sae)
-    terms = trainer.step(x, doc, n_valid, 7)
+    terms = trainer.step(batch, 7)
     ok = doc.flatten() > 0
     pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * ok[:, None]
     threshold = pre.detach().flatten().topk(8 * n_valid).values[-1]
@@ -468,14 +465,15 @@ def test_the_terms_of_the_loss_and_its_gradient_equal_their_formulas(quick):
     by_lead = x - codes[:, :150] @ sae.W_dec[:150] - sae.b_dec
     expected = {"recon": residual[ok].square().sum() / n_valid / 100,
                 "matryoshka": by_lead[ok].square().sum() / n_valid / 100}
-    at = slice(3, None, 4)  # step 7 takes the temporal target at the tokens 3 and 7 of each chunk
-    mean = window_mean_by_hand(x.view(32, 8, 64), doc, 3)[:, at]
-    target = mean.nan_to_num() - sae.b_dec.detach()  # the loss does not move its targets
+    at = slice(1, None, 2)  # step 7 takes the temporal target at the tokens 1, 3, 5 and 7 of a chunk
+    mean = window_mean_by_hand(view.view(16, 8, 64), view_doc, 3)[:, at]
+    there = mean[..., 0].isfinite()  # tokens that have a target, in their other view
+    b_dec = sae.b_dec.detach()  # the loss does not move its targets
     near = pre[:, :150] * (pre[:, :150] > 0.75 * threshold)
-    guess = (near @ sae.W_dec[:150]).view(32, 8, 64)[:, at]
-    doc = doc[:, at]
+    guess = (near @ sae.W_dec[:150]).view(32, 8, 64)[viewed][:, at]
     expected["temporal"] = window_infonce_by_hand(
-        guess, target, mean[..., 0].isfinite(), doc, doc, 0.3)
+        guess[there], mean[there] - b_dec, bank - b_dec, view_doc[:, at][there][:, None].tolist(),
+        bank_doc.tolist(), 0.3).mean()
     dead = torch.arange(5, 300, 31)  # AuxK: on a quarter, dead latents explain what is left
     aux = torch.relu((x[:64] - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead])
     left = residual[:64].detach()
@@ -495,7 +493,7 @@ def test_the_terms_of_the_loss_and_its_gradient_equal_their_formulas(quick):
 @pytest.mark.parametrize("hint", [0.0, 0.1, 10.0])  # the last step's threshold
 @pytest.mark.parametrize("encode", [experiment.encode_sparse, experiment.encode_dense])
 def test_batchtopk_takes_exactly_the_largest(quick, encode, hint):
-    trainer, x, doc, n_valid = a_trainer(quick, k=5)
+    trainer, (x, doc, n_valid, *_) = a_trainer(quick, k=5)
     trainer.sae.threshold.fill_(hint)
     ok = doc.flatten() > 0
     pre = ((x - trainer.sae.b_dec) @ trainer.sae.W_enc).detach() * ok[:, None]
@@ -506,11 +504,11 @@ def test_batchtopk_takes_exactly_the_largest(quick, encode, hint):
 
 
 def test_nan_stops_before_the_update(quick):
-    trainer, x, *batch = a_trainer(quick)
-    x[0, 0] = math.nan
+    trainer, batch = a_trainer(quick)
+    batch.x[0, 0] = math.nan
     before = [p.detach().clone() for p in trainer.parameters]
     with pytest.raises(FloatingPointError, match="step 7"):
-        trainer.step(x, *batch, 7)
+        trainer.step(batch, 7)
     assert all(map(torch.equal, trainer.parameters, before))
 
 
@@ -518,7 +516,7 @@ def test_nan_stops_before_the_update(quick):
 # 3. Text, models, activations
 # ------------------------------------------------------------------------------------------------
 
-SPLITS = ("train", "heldout", "calibration")
+SPLITS = ("train", "test", "validation", "calibration")
 
 
 def rows_of(dataset, model, **changes):
@@ -528,21 +526,49 @@ def rows_of(dataset, model, **changes):
 
 
 def test_rows_hold_whole_documents_in_order_and_bos_parts_them(tiny, bpe):
-    inputs = rows_of(tiny["dataset"], tiny["model"])
+    inputs = rows_of(tiny["dataset"], tiny["model"], view_share=0)
     source = [bpe.encode(row["text"]).ids for row in STORIES]
-    for split, n_rows in zip(SPLITS, (128, 24, 24)):
-        tokens, doc = getattr(inputs, split)
+    for split, n_rows in zip(SPLITS, (128, 24, 24, 24)):
+        tokens, doc, offset = getattr(inputs, split)
         assert tokens.shape == doc.shape == (n_rows, 32) and (tokens[:, 0] == 0).all()
         assert ((doc == 0) == (tokens == 0)).all(), "BOS, whose id is 0, is no text"
         at = {}
-        for row, owner in zip(tokens, doc):
+        for row, owner, begins in zip(tokens, doc, offset):
             for number in dict.fromkeys(owner[owner > 0].tolist()):
                 piece = row[owner == number].tolist()  # goes on where the last row stopped
                 start = at.get(number, 0)
                 assert source[number - 1][start : start + len(piece)] == piece
+                assert begins[owner == number].tolist() == [*range(start, start + len(piece))]
                 at[number] = start + len(piece)
     assert inputs.topics and all(label == STORIES[i]["topic"] for i, label in inputs.topics.items())
-    assert all(opening in source for opening in inputs.openings)
+    for split in ("test", "validation"):
+        held = set(np.unique(getattr(inputs, split).doc)[1:] - 1)
+        assert held <= {source.index(opening) for opening in inputs.openings[split]}
+
+
+def test_a_second_view_holds_the_same_tokens_in_another_order(tiny):
+    """Behind 64 rows are 16 with a second view of them; a token's twin is in the other one."""
+    tokens, doc, offset = rows_of(tiny["dataset"], tiny["model"], view_share=0.25).train
+    plain = rows_of(tiny["dataset"], tiny["model"], view_share=0).train
+    again = np.arange(160) % 80 >= 64
+    assert len(tokens) == 160 and np.array_equal(tokens[~again], plain.tokens)
+    twin = prepare.find_twins(doc, offset).ravel()
+    at = np.flatnonzero(twin >= 0)
+    assert (twin.reshape(160, 32)[again][doc[again] > 0] >= 0).mean() > 0.95
+    assert np.array_equal(twin[twin[at]], at) and (again[at // 32] != again[twin[at] // 32]).all()
+    for array in (tokens, doc, offset):
+        assert np.array_equal(array.ravel()[at], array.ravel()[twin[at]])
+    assert abs(np.corrcoef(at % 32, twin[at] % 32)[0, 1]) < 0.2, "places are not independent"
+    assert (prepare.find_twins(*plain[1:]) == -1).all()
+
+
+def test_a_long_document_gives_little_to_the_judge(work, tiny):
+    texts = [" ".join(f"word{i} number {j}" for j in range(700)) for i in range(30)]
+    path = write(work / "long.jsonl", json_lines([{"text": text} for text in texts]))
+    inputs = rows_of(path, tiny["model"], eval_rows=160)
+    for split in ("test", "validation"):
+        number, size = np.unique(getattr(inputs, split).doc, return_counts=True)
+        assert len(number) - 1 >= 5 and size[1:].max() == prepare.HELD_OUT_TOKENS
 
 
 def test_no_text_is_in_two_splits_and_those_held_out_are_spread(work, tiny):
@@ -551,12 +577,12 @@ def test_no_text_is_in_two_splits_and_those_held_out_are_spread(work, tiny):
     path = write(work / "copies.jsonl", json_lines([{"text": text} for text in texts]))
     inputs = rows_of(path, tiny["model"])
     numbers = [set(np.unique(getattr(inputs, split).doc)[1:] - 1) for split in SPLITS]
-    trained, held, calibration = ({texts[n] for n in split} for split in numbers)
-    assert not trained & held and not trained & calibration and not held & calibration
+    sides = [{texts[n] for n in split} for split in numbers]
+    assert sum(map(len, sides)) == len(set.union(*sides)) and all(sides)
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     n_read = inputs.about["documents read"]
     in_order = sorted(range(n_read), key=hashes.__getitem__)
-    assert numbers[1] <= set(in_order[: inputs.about["documents of heldout"]])
+    assert numbers[1] <= set(in_order[: inputs.about["documents of test"]])
     assert inputs.about["repeated"] > 20 and 0.3 < np.mean(list(numbers[1])) / n_read < 0.7
 
 
@@ -564,11 +590,11 @@ def test_the_same_inputs_give_the_same_rows_which_are_made_once(tiny, monkeypatc
     """A cache would go on with the rows of an older revision: if this fails, count FORMAT up."""
     inputs = rows_of(tiny["dataset"], tiny["model"])
     parts = [array for split in SPLITS for array in getattr(inputs, split)]
-    assert (prepare.FORMAT, prepare.sha256(*parts)[:16]) == (1, "759708da35d2fe65")
+    assert (prepare.FORMAT, prepare.sha256(*parts)[:16]) == (2, "52be983b6565f5ec")
     assert all(isinstance(array, np.memmap) for array in parts)
     monkeypatch.delattr(prepare, "make_rows")
     again = rows_of(tiny["dataset"], tiny["model"])
-    assert np.array_equal(again.heldout, inputs.heldout) and again.topics == inputs.topics
+    assert np.array_equal(again.test, inputs.test) and again.topics == inputs.topics
 
 
 def test_special_tokens_spelt_out_have_no_place_in_rows(work, tiny):
@@ -578,7 +604,7 @@ def test_special_tokens_spelt_out_have_no_place_in_rows(work, tiny):
     inputs = rows_of(path, tiny["model"])
     assert inputs.about["special tokens dropped"] > 100 and inputs.about["tokens read"] < 50_000
     for split in SPLITS:
-        tokens, doc = getattr(inputs, split)
+        tokens, doc, _ = getattr(inputs, split)
         assert not (tokens == 1).any() and ((tokens == 0) == (doc == 0)).all()
 
 
@@ -627,7 +653,7 @@ def test_the_command_shows_what_a_run_would_train_on(tiny, capsys):
     words = argv({name: tiny[name] for name in ("dataset", "model", "context_size", "eval_rows")})
     assert prepare.main(words) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"rows of heldout +96\n", printed) and "training row 0" in printed
+    assert re.search(r"rows of test +96\n", printed) and "training row 0" in printed
     refused(capsys, 2, "--split", prepare.main, [*words, "--split", "no_such"])
 
 
@@ -660,40 +686,54 @@ def test_a_model_is_its_files_not_its_name(work, quick, bpe):
         save_lm(work / "changing", random_lm("gpt2", seed), bpe, bos)
         harvest = harvest_of(quick, model=f"{work / 'changing'}/")
         assert (harvest.inputs.train.tokens[:, 0] == 1).all()
-        found.append(harvest.batch(0, 0)[0])
-    again = harvest_of(quick, model=work / "changing").batch(0, 0)[0]  # without the slash
+        found.append(harvest.batch(0, 0).x)
+    again = harvest_of(quick, model=work / "changing").batch(0, 0).x  # without the slash
     assert not torch.equal(found[0], found[1]) and torch.equal(again, found[1])
 
 
-@pytest.mark.parametrize("parts, steps", [(1, 32), (3, 30)])
+@pytest.mark.parametrize("parts, steps", [(1, 40), (3, 39)])
 def test_a_pass_serves_each_chunk_once_whole_and_as_the_model_gives_it(work, quick, parts, steps):
-    """8192 tokens are 256 rows of 4 chunks; a step takes 32 chunks. A part of three has 85 rows."""
+    """8192 tokens and a quarter in a second view are 320 rows of 4 chunks; a step takes 32 chunks.
+    A part of three has 106 rows."""
     settings = quick | {"cache_dir": work / f"cache_of_{parts}_parts",
-                        "cache_gb": (256 / parts + 1) * 32 * D_IN * 4 / 1e9}
+                        "cache_gb": (320 / parts + 1) * 32 * D_IN * 4 / 1e9}
     harvest = harvest_of(settings)
-    tokens, every_doc = harvest.inputs.train
+    tokens, every_doc, offset = harvest.inputs.train
+    twins = prepare.find_twins(every_doc, offset).ravel()
     lm = transformers.AutoModelForCausalLM.from_pretrained(quick["model"], dtype=torch.float32)
     with torch.no_grad():
         x = lm(torch.tensor(tokens), output_hidden_states=True).hidden_states[2]
     every_chunk = x.reshape(-1, 8 * D_IN).numpy()
     served = []
     for step in range(steps):
-        x, doc, n_valid = harvest.batch(0, step)
-        found = (x / harvest.stats.scale).view(32, -1).numpy()
+        batch = harvest.batch(0, step)
+        doc, n_valid = batch.doc, batch.n_valid
+        found = (batch.x / harvest.stats.scale).view(32, -1).numpy()
         at = [int(np.abs(every_chunk - chunk).max(1).argmin()) for chunk in found]
         assert np.allclose(every_chunk[at], found, atol=1e-4), "no chunks of the text"
         assert np.array_equal(every_doc.reshape(-1, 8)[at], doc)
         assert n_valid == (doc > 0).sum() and len({i // 4 for i in at}) > 8, "too few rows"
+        if parts == 1:  # of several each knows the views that it holds
+            twin = twins.reshape(-1, 8)[at]
+            chosen = batch.viewed.numpy()
+            there = twin[chosen] >= 0
+            n_viewed = (twin >= 0).any(1).sum()
+            assert len(chosen) == 16 and there.any(1).sum() == min(16, n_viewed)
+            assert np.array_equal(batch.view_doc, np.where(there, doc[chosen], 0))
+            view = (batch.view / harvest.stats.scale).view(16, 8, D_IN).numpy()
+            assert np.allclose(view[there], x.view(-1, D_IN)[twin[chosen][there]], atol=1e-4)
         served += at
         on_disk = sum(file.stat().st_size for file in settings["cache_dir"].glob("acts-*"))
         assert on_disk < 1e9 * settings["cache_gb"] + 129 * 32 * D_IN * 4, "more than a part"
-    assert len(set(served)) == len(served) == steps * 32
-    first = harvest.batch(0, 0)[0]
+    # a document that begins a row in both views is read in the same way: its chunks are equal
+    assert len(served) == steps * 32 and len(set(served)) > 0.99 * len(served)
+    first = harvest.batch(0, 0).x
     again = harvest_of(settings, temp_alpha=0, d_sae=128, lr=1e-4)  # runs compared are paired
-    assert torch.equal(again.batch(0, steps - 1)[0], x), "a batch depends on seed and step alone"
-    assert torch.equal(again.batch(0, 0)[0], first)
+    last = again.batch(0, steps - 1).x
+    assert torch.equal(last, batch.x), "a batch depends on seed and step alone"
+    assert torch.equal(again.batch(0, 0).x, first)
     for seed, step in ((1, 0), (0, steps)):
-        assert not torch.equal(again.batch(seed, step)[0], first)
+        assert not torch.equal(again.batch(seed, step).x, first)
 
 
 def test_sinks_and_zeros_are_left_out_of_training_and_judging(work, run, own):
@@ -702,7 +742,7 @@ def test_sinks_and_zeros_are_left_out_of_training_and_judging(work, run, own):
     x[:, 5:14] = 0  # most of a row, so that a median over all would be 0
     np.save(work / "sinks.npy", x)
     harvest = harvest_of(own, acts=work / "sinks.npy")
-    batch, doc, n_valid = harvest.batch(0, 0)
+    batch, doc, n_valid, *_ = harvest.batch(0, 0)
     norms = batch.norm(dim=1) / harvest.stats.scale
     left_out = doc.flatten() == 0
     assert torch.equal(left_out, (norms > 100) | (norms == 0)) and 0 < n_valid == (~left_out).sum()
@@ -716,14 +756,14 @@ def test_sinks_and_zeros_are_left_out_of_training_and_judging(work, run, own):
 def test_sinks_of_a_language_model_are_left_out_of_training_and_judging(work, run, quick, bpe):
     settings = quick | {"eval_rows": 48, "score": True}
     rows = experiment.load_inputs(config(settings))
-    sink = 2 + np.bincount(rows.heldout.tokens.ravel())[2:].argmax()
+    sink = 2 + np.bincount(rows.test.tokens.ravel())[2:].argmax()
     lm = random_lm("llama")
     lm.model.embed_tokens.weight.data[sink] *= 1e4  # wherever this token stands
     settings["model"] = save_lm(work / "sink_lm", lm, bpe)
     found = read(run("sink_lm", settings) / "consistency.json")
-    assert found["counts"]["left_out"] == (rows.heldout.tokens == sink).sum() > 0
+    assert found["counts"]["left_out"] == (rows.test.tokens == sink).sum() > 0
     harvest = harvest_of(settings)
-    n_valid = sum(harvest.batch(0, step)[2] for step in range(32))
+    n_valid = sum(harvest.batch(0, step).n_valid for step in range(40))
     assert n_valid == ((rows.train.doc > 0) & (rows.train.tokens != sink)).sum()
 
 
@@ -735,11 +775,11 @@ def test_a_mask_gives_own_activations_documents(work, run, own):
     save_file({"acts": x}, work / "acts.safetensors")
     found = prepare.load_acts(work / "acts.safetensors", work / "mask.npy", 12)
     sides = [set(found.doc[getattr(found, split)].ravel()) - {0} for split in SPLITS]
-    assert sides[0] and sides[1] and not sides[0] & sides[1] and not sides[0] & sides[2]
-    assert not sides[1] & sides[2] and (found.doc[:, 3] == 0).all() and torch.equal(found.acts, x)
+    assert sum(map(len, sides)) == len(set.union(*sides)) and sides[0] and sides[1]
+    assert (found.doc[:, 3] == 0).all() and torch.equal(found.acts, x)
     out = run("masked", own, acts=work / "acts.safetensors", acts_mask=work / "mask.npy")
     counts = read(out / "consistency.json")["counts"]
-    assert counts["tokens"] == (found.doc[found.heldout] > 0).sum()
+    assert counts["tokens"] == (found.doc[found.test] > 0).sum()
     assert "no language model" in (out / "core.json").read_text()
     assert "ce_loss_score" not in headline(out)
 
@@ -1002,7 +1042,7 @@ class ByHand:
         self.lm = transformers.AutoModelForCausalLM.from_pretrained(
             settings["model"], dtype=torch.float32)
         self.w = {name: tensor.double() for name, tensor in weights(run).items()}
-        tokens, doc = self.inputs.heldout
+        tokens, doc, _ = self.inputs.test
         self.ce_rows = tokens[:8], doc[:8]
         self.tokens, self.doc = tokens[8:], doc[8:]
         self.ok = self.doc > 0
@@ -1276,8 +1316,8 @@ def test_probes_of_the_topic_equal_a_slow_probe(hand, topic_of):
 
 
 def test_slow_directions_equal_those_of_whitened_training_rows(hand, topic_of):
-    """Fitted on the first 512 training rows; here there are 256."""
-    tokens, doc = hand.inputs.train
+    """Fitted on the first 512 training rows; here there are 320."""
+    tokens, doc, _ = hand.inputs.train
     x = hand.residual(tokens)
     x = x - x[doc > 0].mean(0)
     pairs = [(r, t) for r, piece in segments_of(doc) for t in piece if t + 16 in piece]
@@ -1378,19 +1418,20 @@ def test_shift_consistency_equals_passages_read_one_by_one(work, base, tiny, bpe
     words = argv({"model": model, "dataset": text, "out": out})
     assert evaluate.main([str(base), *words]) == 0
     consistency = read(out / "consistency.json")
-    names = {"model": "other_lm", "layer": 1, "dtype": "float32", "dataset": "long.jsonl"}
+    names = {"model": "other_lm", "layer": 1, "dtype": "float32", "dataset": "long.jsonl",
+             "eval_split": "test"}
     assert consistency["scored_on"] == names and "other_lm" in (out / "core.json").read_text()
     assert "token_topic_5" not in headline(out), "no document has a topic"
     hand = ByHand(base, tiny | {"model": model, "dataset": text})
-    documents = [ids for ids in hand.inputs.openings if len(ids) >= 66]
+    documents = [ids for ids in hand.inputs.openings["test"] if len(ids) >= 66]
     n = len(documents) // 2
     alone, shifted = [], []
     for ids, other in zip(documents, documents[n : 2 * n]):
         for before, found in (([], alone), ([0, *other[:64]], shifted)):
             found.append(hand.residual([[*before, 0, *ids[:48]]])[0, -44:])
     alone, shifted = np.concatenate(alone), np.concatenate(shifted)
-    codes = hand.autoencode(alone)[0]
-    rho = np.nan_to_num(correlations(codes, hand.autoencode(shifted)[0]))
+    codes, moved = hand.autoencode(alone)[0], hand.autoencode(shifted)[0]
+    rho = np.nan_to_num(correlations(codes, moved))
     rho[(codes != 0).sum(0) < 20] = math.nan
     found = consistency["position"]["shift"]
     for name, latents in (("whole", slice(None)), ("lead", hand.lead), ("best", hand.best)):
@@ -1399,6 +1440,16 @@ def test_shift_consistency_equals_passages_read_one_by_one(work, base, tiny, bpe
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     close(found["raw"], cosine.mean(), 1e-3)
     close(headline(out)["shift_consistency"], found["lead"])
+    # which passage is a token from: fitted on the first half, scored on the other one, moved
+    y = np.arange(len(codes)) // 44
+    half = np.arange(len(codes)) % 44 < 22
+    n = y.max() + 1
+    for group in ("whole", "lead"):
+        a, b = (f[:, list(GROUPS[group])] for f in (codes, moved))
+        gaps = [a[half & (y == i)].mean(0) - a[half & (y != i)].mean(0) for i in range(n)]
+        kept = np.unique(np.argsort(-np.array(gaps), kind="stable")[:, :5])
+        expected = accuracy_by_hand(a[half][:, kept], b[~half][:, kept], y[half], y[~half])
+        close(consistency["probes"]["document_id_shifted"][group], expected, floor=0.02)
 
 
 # -- SAEs whose scores are known
@@ -1509,12 +1560,12 @@ def test_resuming_is_exact(work, run, quick, monkeypatch, name):
 
 
 def test_no_batch_is_harvested_twice(work, run, quick, monkeypatch):
-    """16 batches of calibration rows, 32 of training rows, each part in one file."""
+    """16 batches of calibration rows, 40 of training rows, each part in one file."""
     cache = work / "stopped_harvest_cache"
     words = argv(quick, out_dir=work / "stopped_harvest", cache_dir=cache)
     assert interrupted(monkeypatch, words, "residuals", 21) == (143, 21)
     words += ["--resume"] * (work / "stopped_harvest").exists()
-    assert interrupted(monkeypatch, words, "residuals", None) == (0, 48 - 20)
+    assert interrupted(monkeypatch, words, "residuals", None) == (0, 56 - 20)
     assert weight_hash(work / "stopped_harvest") == weight_hash(run("temporal", quick))
     assert sorted(file.suffix for file in cache.glob("acts-*")) == [".bin"] * 2 + [".lock"] * 2
 
@@ -1702,7 +1753,7 @@ BAD = {  # settings, words of the answer
     "no LM head": ({"model": "{bad}/no_head"}, "lm_head.weight"),
     "text missing": ({"dataset": "./missing.jsonl"}, "missing.jsonl"),
     "no such column": ({"text_field": "body"}, "the columns are text, topic"),
-    "text too short": ({"dataset": "{bad}/short.txt"}, "held-out rows (--eval_rows)"),
+    "text too short": ({"dataset": "{bad}/short.txt"}, "test rows (--eval_rows)"),
     "lines broken": ({"dataset": "{bad}/broken.jsonl"}, "broken.jsonl cannot be read"),
     "acts with NaN": (OWN | {"acts": "{bad}/nan.npy"}, "NaN"),
     "acts pickled": (OWN | {"acts": "{bad}/pickle.npy"}, "--acts"),

