@@ -92,6 +92,7 @@ RUNS = Path(__file__).resolve().parent / "runs"
 # A decorator: BLAS on one thread adds up in a fixed order, and is no slower for small products.
 one_thread = threadpool_limits.wrap(limits=1)
 
+ARCHITECTURES = ("standard", "topk", "jumprelu")  # of SAELens, that can be judged
 BATCH_ROWS = 16  # SAEBench's batch; its mse and its bias are means over batches of this size
 BEST_LAG = 16  # lag at which the best latents are chosen and the slowest directions fitted
 MIN_FIRINGS = 20  # latents that fire less often have no correlation worth averaging
@@ -100,6 +101,7 @@ SAMPLE_CODES = 20_000_000  # and at most so many codes: 240 MB
 MATRIX_SIDE = 128  # position matrices are at most this wide; longer contexts share cells
 ID_TOKENS = 25  # tokens of a document that the document probe reads
 EDGE = 8  # tokens on each side of a place that may be a boundary
+FEW_DOCUMENTS = 20  # below which scores come with a warning
 PASSAGE = 44  # tokens of a passage that is read twice, at other places
 # what config.json or the command line may say of the text, handed on to prepare.text_rows
 TEXT_OPTIONS = (
@@ -175,7 +177,7 @@ class SAE(torch.nn.Module):
         self.norm = spec.get("normalize_activations") or "none"
         act = spec.get("activation_fn") or spec.get("activation_fn_str") or "relu"
         supported = {
-            "architecture": (self.selection, ("standard", "topk", "jumprelu")),
+            "architecture": (self.selection, ARCHITECTURES),
             "normalize_activations": (self.norm, ("none", "layer_norm")),
             "reshape_activations": (spec.get("reshape_activations") or "none", ("none",)),
             "finetuning_scaling_factor": (bool(spec.get("finetuning_scaling_factor")), (False,)),
@@ -1609,6 +1611,10 @@ def evaluate_run(run_dir, *, out=None, overwrite=False, **changes):
         unread = getattr(held_out.lm, "unread", [])
         if unread:
             notes["weights"] = f"{len(unread)} tensors of the model are not read, as {unread[0]}"
+        n_documents = held_out.record["counts"]["documents"]
+        if n_documents < FEW_DOCUMENTS:
+            notes["documents"] = (f"scored on {n_documents} documents: too few for what is said of "
+                                  "topics and documents to mean much")
         stage("CE and KL of the language model")
         behaviour, reasons = score_behaviour(held_out, saes)
         notes |= reasons
@@ -1636,6 +1642,7 @@ def evaluate_run(run_dir, *, out=None, overwrite=False, **changes):
             heads.append(core["eval_result_unstructured"]["ours"] | headline(blocks))
     block = summarise(heads, pw_mcc([sae.W_dec for sae in saes]))
     block["leading_latents"] = n_lead if has_lead(saes[0]) else None
+    block["documents"] = refs.blocks["probes"]["document_id"]["documents"]
     final = {held_out.record["scored_on"]["dataset"]: block}
     files[out / "final_info.json"] = final  # the last one: it says that a new folder is whole
     for path, tree in files.items():
@@ -1646,7 +1653,7 @@ def evaluate_run(run_dir, *, out=None, overwrite=False, **changes):
 SHOWN = {  # what is printed at the end: name -> which way is better, what it is
     "token_topic_5": ("higher is better", "topic of a document from one token, 5 latents"),
     "token_topic_5_lead": ("higher is better", "... 5 of {lead}"),
-    "document_id": ("higher is better", "which of 120 documents a token is from"),
+    "document_id": ("higher is better", "which of {documents} documents a token is from"),
     "autocorr_16_lead": ("higher is better", "autocorrelation at lag 16 of {lead}"),
     "position_probe": ("lower is better", "place in the row (chance .125) from {lead}"),
     "explained_variance": ("higher is better", "share of the variance that is explained"),
@@ -1662,7 +1669,7 @@ def print_scores(final, folder):
         lead = f"the {n} leading latents" if n else "any latents: without a loss none leads"
         for name, (better, what) in SHOWN.items():
             if name in block["means"]:
-                what = what.format(lead=lead)
+                what = what.format(lead=lead, documents=block["documents"])
                 print(f"{name + ':':20} {block['means'][name]:8.4f}  {better:17} {what}")
     print(f"all scores: {Path(folder) / 'final_info.json'}")
 

@@ -120,7 +120,7 @@ class Config:
                      ("tied", "xavier"))
     # -- temporal consistency
     temp_loss: str = flag("window_infonce", "the temporal loss; see section 3")
-    temp_alpha: float = flag(0.009, "weight of the temporal loss; 0 is the baseline", least=0)
+    temp_alpha: float = flag(0.007, "weight of the temporal loss; 0 is the baseline", least=0)
     window: int = flag(16, "the window mean is over tokens less than so many apart; sqdiff compares "
                        "such tokens (infonce and infonce_dot: neighbours); 1: no temporal loss",
                        least=1)
@@ -198,6 +198,8 @@ def check(cfg):
         (cfg.temporal_fraction > 1,
          f"--temporal_fraction {cfg.temporal_fraction} is above 1"),
         (cfg.view_share > 1, f"--view_share {cfg.view_share} is above 1"),
+        (SPARSITIES[cfg.sparsity].architecture not in evaluate.ARCHITECTURES,
+         f"evaluate.SAE knows no architecture {SPARSITIES[cfg.sparsity].architecture}"),
         (cfg.temporal and cfg.window > cfg.chunk_size,
          f"--window {cfg.window} is larger than --chunk_size {cfg.chunk_size}"),
         (not cfg.acts and cfg.context_size % cfg.chunk_size > 0,
@@ -387,7 +389,8 @@ class Sparsity(NamedTuple):
     has_threshold: bool  # whether inference keeps what is above sae.threshold, fitted at the end
 
 
-# A new one: a function and a row. If SAELens has no such architecture, teach evaluate.SAE its name.
+# A new one: a function and a row. Inference must be one of evaluate.SAE's architectures, or it must
+# be taught yours. On a CPU select_pairs in section 9 chooses what batchtopk and topk keep.
 SPARSITIES = {"batchtopk": Sparsity(keep_batchtopk, "jumprelu", True),
               "topk": Sparsity(keep_topk, "topk", False),
               "l1": Sparsity(keep_all, "standard", False)}
@@ -894,6 +897,8 @@ def load_inputs(cfg):
         unread = [key for key in evaluate.TEXT_ONLY if getattr(cfg, key) != getattr(Config, key)]
         if unread:
             say(f"note: with --acts nothing reads {', '.join(unread)}")
+        if cfg.temporal:
+            say("note: with --acts a token's target is from its own row: there is no second view")
         return prepare.load_acts(cfg.acts, cfg.acts_mask, cfg.eval_rows)
     options = {name: getattr(cfg, name) for name in evaluate.TEXT_OPTIONS}
     return prepare.text_rows(cfg.dataset, cfg.model, **options)
@@ -983,8 +988,9 @@ class Harvest:
         if self.n_parts == 1:
             prepare.release_lm()  # what it took is free for training
         n_valid = int((self.part.doc > 0).sum())
+        n_twice = int((self.part.twin >= 0).sum()) // 2
         say(f"part {number + 1} of {self.n_parts}: {self.n_rows:,} rows, {n_valid:,} tokens to "
-            "train on")
+            f"train on, {n_twice:,} of them in two views")
 
     def delete_part(self):
         """Let go of the part that is loaded; if it is one of several, delete its file."""
@@ -1325,8 +1331,9 @@ def prove_saved(sae, folder):
     # Rounding decides a code at the cut: the threshold is the pre-activation of some token.
     x = sae.normalise(reference["x"])[0] if sae.layernorm else reference["x"]
     pre = sae.pre_activations(x)
-    is_topk = sae.sparsity.architecture == "topk"
-    cut = pre.topk(sae.k).values[:, -1:] if is_topk else sae.threshold
+    cut = sae.threshold
+    if sae.sparsity.architecture == "topk":
+        cut = pre.topk(sae.k).values[:, -1:]
     right = near(acts, reference["acts"]) | near(pre, cut)
     same = near(x_hat, reference["x_hat"]).all()
     if not right.all() or not same or not torch.equal(judged.W_dec, sae.W_dec):
@@ -1497,8 +1504,10 @@ def main(argv=None):
             if RANK == 0:
                 if info:
                     evaluate.print_scores(info, cfg.run_dir)
-                print(f"next: python plot.py --compare run_0 {cfg.out_dir}; "
-                      f"python page.py {cfg.out_dir}")
+                    print(f"next: python page.py {cfg.out_dir}; "
+                          f"python plot.py --compare ANOTHER_RUN {cfg.out_dir}")
+                else:
+                    print(f"next: python evaluate.py {cfg.out_dir}")
             return 0
         except prepare.Interrupted:
             how = ""

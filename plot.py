@@ -50,14 +50,16 @@ TRIO = ("run_0", "run_6", "tsae_tuned")
 RIVALS = ("run_0", "run_6", "run_7", "tsae_published", "tsae_released", "tsae_tuned", "matryoshka")
 WEIGHTS = ("whole_a0.003", "run_6", "run_7", "whole_a0.1")  # of study.csv: our loss by its weight
 HEADLINE = (  # the scores that stand first in --compare, as in README.md
-    "token_topic_5", "token_topic_5_lead", "document_id", "boundary", "autocorr_16_lead",
-    "autocorr_16_best", "position_probe", "shift_consistency", "explained_variance",
-    "ce_loss_score", "l0")
+    "token_topic_5", "token_topic_5_lead", "document_id", "document_id_shifted", "boundary",
+    "autocorr_16_lead", "autocorr_16_best", "position_probe", "shift_consistency",
+    "explained_variance", "ce_loss_score", "l0")
 # Reference values beside the scores of a probe in consistency.json.
 LEVELS = {"raw": "raw dimensions", "raw_all": "all raw dimensions", "slow": "slow directions",
           "chance": "chance"}
-# Where no loss binds the leading latents they are any latents. What is drawn of such a run instead:
-UNBOUND = {"token_topic_5_lead": "token_topic_5", "position_probe": "position_probe_best"}
+# Where no loss binds the leading latents they are any latents. What counts of such a run instead:
+UNBOUND = {"token_topic_5_lead": "token_topic_5", "autocorr_16_lead": "autocorr_16_best",
+           "position_probe": "position_probe_best", "position_eta2": "position_eta2_best",
+           "shift_consistency": "shift_consistency_best"}
 # Of the labelled runs (15 at most) in order; others take the colours after the first eight, markers
 # from the end. Safe for colour-blind readers; the first seven also differ in lightness.
 COLOURS = ("#111111", "#332288", "#882255", "#117733", "#44AA99", "#DDCC77", "#D55E00", "#56B4E9",
@@ -111,6 +113,10 @@ class Run:
         alphas = self.config.get("temp_alpha", 0), self.config.get("matryoshka_alpha", 0)
         # whether a loss binds some latents and not the others
         self.leads = max(alphas) > 0 and self.config.get("temporal_fraction", 1) < 1
+
+    def score(self, metric):
+        """The values of a metric, one a seed, or None; see UNBOUND."""
+        return self.scores.get(metric if self.leads else UNBOUND.get(metric, metric))
 
     def values(self, *keys):
         """What stands under these keys in consistency.json, one a seed; None if one has nothing."""
@@ -262,9 +268,9 @@ def bars(ax, runs, metric, place, of, digits=3):
     """One bar a run, the `place`-th of `of` bars that stand side by side for each run."""
     crowded = len(runs) * of > 16  # then the numbers stand upright
     for i, run in enumerate(runs):
-        name = metric if run.leads else UNBOUND.get(metric, metric)
-        if name in run.scores and not (name == "l1" and run.config.get("layernorm")):
-            mean, error = mean_se(run.scores[name])
+        values = run.score(metric)
+        if values is not None and not (metric == "l1" and run.config.get("layernorm")):
+            mean, error = mean_se(values)
             drawn = ax.bar(i + 0.8 * ((place + 0.5) / of - 0.5), mean, min(0.6, 0.76 / of),
                            yerr=error, ecolor="0.5", color=run.colour, edgecolor="white",
                            hatch=(None, "////", "....")[place])
@@ -528,7 +534,8 @@ def comparison(runs, metrics):
     lines = [["metric", *names, *[f"{name} - {names[0]}" for name in names[1:]]],
              ["---"] * 2 * len(runs)]
     for metric in metrics:
-        values = [run.scores.get(metric, np.array([np.nan])) for run in runs]
+        values = [run.score(metric) for run in runs]
+        values = [np.array([np.nan]) if one is None else one for one in values]
         cells = [with_error(one) for one in values]
         for run, b in zip(runs[1:], values[1:]):
             a = values[0]
@@ -560,6 +567,10 @@ def compare(runs):
     found = dict.fromkeys(metric for run in runs for metric in run.scores)
     first = [metric for metric in HEADLINE if metric in found]
     print("\n".join(comparison(runs, dict.fromkeys([*first, *found]))))
+    unbound = [run.name for run in runs if not run.leads]
+    if unbound:
+        names = ", ".join(f"{name} is its {other}" for name, other in UNBOUND.items())
+        print(f"note: no latents lead in {', '.join(unbound)}: {names}")
     for run in runs[1:]:
         for sentence in caveats(runs[0], run):
             print(f"note: {sentence}")

@@ -548,8 +548,8 @@ def open_files(source, path):
     options = {}
     if kind in (".txt", ".md"):
         options["sample_by"] = source.sample_by or ("paragraph" if path.is_file() else "document")
-        say(f"--dataset {source.dataset}: each {options['sample_by']} of its text is a document "
-            "(--sample_by)")
+        unit = "file" if options["sample_by"] == "document" else options["sample_by"]
+        say(f"--dataset {source.dataset}: each {unit} is one document (--sample_by)")
     elif source.sample_by:
         raise ValueError("--sample_by is for text files")
     if source.encoding != "utf-8":
@@ -788,9 +788,11 @@ def check_enough(dataset, parts, wanted, context_size):
     lacking_train = lacking.pop("train")
     given = wanted["train"] - lacking_train
     if any(lacking.values()) or given < context_size:
+        found = [document for part in parts.values() for document in part]
         raise ValueError(
-            f"--dataset {dataset}: {sum(map(len, parts.values())):,} documents are too few for "
-            f"{wanted['test'] // context_size} test rows (--eval_rows), as many validation rows, "
+            f"--dataset {dataset}: {sum(len(document.ids) for document in found):,} tokens in "
+            f"{len(found):,} documents are too few for {wanted['test'] // context_size} test rows "
+            f"(--eval_rows) of {context_size} tokens, as many validation rows, "
             f"{wanted['calibration'] // context_size} for calibration and one for training")
     if lacking_train:
         say(f"--dataset {dataset} gives {given:,} training tokens of the {wanted['train']:,} "
@@ -981,10 +983,12 @@ def load_acts(path, mask_path="", eval_rows=464, calibration_rows=128):
     for name, before in zip(SPLITS[1:], ends):
         doc[rows[name]] *= ~np.isin(doc[rows[name]], doc[order[:before]])
     if not doc[rows["train"]].any() or not doc[rows["test"]].any():
-        raise ValueError(f"--acts_mask {mask_path}: too few documents to hold some out")
+        raise ValueError(f"--acts_mask {mask_path}: {len(np.unique(doc[doc > 0])):,} documents are "
+                         "too few to hold some out")
     identity = {"acts": files_identity([Path(path).expanduser()])[0], "rows": sizes}
     if mask_path:
         identity["mask"] = sha256(doc)
+    say(f"--acts {path}: " + ", ".join(f"{len(part):,} rows for {name}" for name, part in rows.items()))
     return Acts(acts, doc, identity=identity, **rows)
 
 
