@@ -487,12 +487,11 @@ def window_infonce_loss(z, W_lead, target, bank, left_out, temperature):
     # The guess, d numbers a token, is never computed: products and length follow from z alone.
     with torch.autocast(z.device.type, enabled=False):  # bfloat16 is too coarse for logits
         square = ((z @ (W_lead @ W_lead.t())) * z).sum(1, keepdim=True)
-        length = square.clamp(min=shortest**2).sqrt()
-        own = (z * (target @ W_lead.t())).sum(1, keepdim=True)
+        z = z / (temperature * square.clamp(min=shortest**2).sqrt())
+        own = (z * (target @ W_lead.t())).sum(1)
         others = z @ (bank @ W_lead.t()).t()
-    logits = torch.cat([own, others], 1) / (temperature * length)
-    logits[:, 1:].masked_fill_(left_out, -torch.inf)
-    return logits.logsumexp(1) - logits[:, 0]
+    others = others.masked_fill(left_out, -1e9)  # not -inf, whose gradient is NaN if none is left
+    return torch.logaddexp(own, others.logsumexp(1)) - own
 
 
 def sqdiff_loss(codes, doc, window):
@@ -713,7 +712,7 @@ class Trainer:
         return infonce_loss(z, doc, cfg.temperature, cosine) / raw_variance
 
     def window_loss(self, x, batch, step):
-        """window_infonce_loss of every second token with another view, mean over those."""
+        """window_infonce_loss, mean over every second token that has a target in its other view."""
         cfg, sae, view_doc = self.cfg, self.sae, batch.view_doc
         at = slice(step % WINDOW_STRIDE, None, WINDOW_STRIDE)
         view = sae.normalise(batch.view)[0] if cfg.layernorm else batch.view
@@ -722,7 +721,7 @@ class Trainer:
                 view.view(*view_doc.shape, -1), view_doc, cfg, step, at)
         target, enough = target.flatten(0, 1), enough.flatten()
         left_out = (batch.bank_doc == view_doc[:, at, None]) | (batch.bank_doc == owner[..., None])
-        x = x.view(*batch.doc.shape, -1)[batch.viewed][:, at].flatten(0, 1)
+        x = x.view(*batch.doc.shape, -1)[:, at][batch.viewed].flatten(0, 1)
         # Computed again for a cut that is lower than that of the codes: what is cut off has no
         # gradient, so this lets a latent just below the threshold learn. Without a threshold
         # (topk, l1) all positive ones count.
@@ -1004,7 +1003,9 @@ class Harvest:
         """This process's share of a step's batch.
 
         N chunks of T = chunk_size neighbouring tokens are shuffled, not tokens: windows stay whole
-        while a batch mixes many documents.
+        while a batch mixes many documents. The targets of a token are around its twin, the same
+        token of the same text in another row (prepare.pack_twice). About half of the chunks have
+        twins; half of the chunks are taken, those first, so that shapes do not change.
         """
         epoch, place = divmod(step, self.n_chunks // self.batch_chunks)
         self.load_part(epoch % self.n_parts)
@@ -1013,7 +1014,7 @@ class Harvest:
         tokens = self.tokens_of(ids)
         doc = self.part.doc.ravel()[tokens]
         n_valid = int((doc > 0).sum())
-        twin = tokens  # without a second view each token is its own
+        twin = tokens  # without a second view a token is its own twin
         if self.cfg.view_share and not self.cfg.acts:
             twin = self.part.twin.ravel()[tokens]
         n_viewed = math.ceil(len(ids) / VIEWED_SHARE) if self.cfg.temporal else 0
