@@ -5,9 +5,10 @@
     python plot.py --figures              # also the pictures of the study's argument, in figures/
     python plot.py --compare run_4 run_5  # scores side by side and their differences, in Markdown
 
-Without names the runs are those of `labels` in runs/study and your own in runs/. What has no data,
-or is not comparable, is left out with a sentence. Error bars and bands are one standard error. Read
-are config.json, final_info.json, log.jsonl, consistency.json (of each seed) and runs/study.csv.
+Without names the runs are those of the study that `labels` in this file lists, and your own in
+runs/. What has no data, or is not comparable, is left out with a sentence. Error bars and bands are
+one standard error. Read are config.json, final_info.json, log.jsonl, consistency.json (of each
+seed) and runs/study.csv.
 """
 import argparse
 import functools
@@ -180,17 +181,19 @@ def paint(runs, study):
 
 
 def differences(first, run, *keys):
-    """In words: the settings of a run that are not those of the first."""
+    """Clauses on the settings of a run that are not those of the first."""
+    words = {"rows": f"was scored on other rows than {first.name}",
+             "evaluate": f"was scored by another evaluate.py than {first.name}"}
     found = [(key, run.settings.get(key), first.settings.get(key)) for key in keys]
-    return [f"{key} {str(theirs)[:24]}, not {str(ours)[:24]}" for key, theirs, ours in found
-            if None not in (theirs, ours) and theirs != ours]
+    return [words.get(key, f"has {key} {theirs}, {first.name} {ours}")
+            for key, theirs, ours in found if None not in (theirs, ours) and theirs != ours]
 
 
 def comparable(runs, *keys):
     """The runs that share these settings with the first one; the others are named in a sentence."""
     for run in runs:
         for difference in differences(runs[0], run, *keys)[:1]:
-            print(f"left out: {run.name} has {difference} as {runs[0].name}")
+            print(f"left out: {run.name} {difference}")
     return [run for run in runs if not differences(runs[0], run, *keys)]
 
 
@@ -224,6 +227,8 @@ def heading(figure, title, runs=()):
     counts = [len(run.consistency) or 1 for run in runs] or [1]
     counts = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     note = f"± standard error over seeds, n = {counts}" if runs else "first seed"
+    if counts == "1":
+        note = "one seed"
     figure.suptitle(f"{title} ({note})", x=0.01, ha="left")
 
 
@@ -243,7 +248,7 @@ def metrics_comparison(runs, table):
     runs = choose(runs, LADDER, "l0")
     figure, axes = plt.subplots(4, 1, figsize=(9, 10.5), sharex=True)
     heading(figure, "Scores on held-out documents", runs)
-    l1, accuracy = axes[1].twinx(), axes[3].twinx()
+    l1 = axes[1].twinx()
     bars(axes[0], runs, "explained_variance", 0, 2)
     bars(axes[0], runs, "cossim", 1, 2)
     bars(axes[1], runs, "l0", 0, 2, digits=1)
@@ -251,14 +256,15 @@ def metrics_comparison(runs, table):
     bars(axes[2], runs, "ce_loss_score", 0, 1)
     of = 2 + any("position_probe" in run.scores for run in runs)
     bars(axes[3], runs, "token_topic_5_lead", 0, of)
-    bars(accuracy, runs, "document_id", 1, of)
-    bars(accuracy, runs, "position_probe", 2, of)
+    bars(axes[3], runs, "document_id", 1, of)
+    bars(axes[3], runs, "position_probe", 2, of)
     axes[0].set_ylabel("explained variance (plain)\ncosine similarity (hatched)")
     axes[1].set_ylabel("L0: active latents a token\n(plain)")
     l1.set_ylabel("L1: sum |code| a token (hatched;\nLayerNorm: other units)")
     axes[2].set_ylabel("CE loss score (1: as the LM\nalone, 0: zero ablation)")
-    axes[3].set(ylim=(0.5, 1), ylabel="topic of a token, 5 latents:\nAUROC (plain)")
-    accuracy.set(ylim=(0, 1), ylabel="accuracy: which document\n(hatched), place in row (dotted)")
+    axes[3].set(ylim=(0, 1.1), ylabel="topic, AUROC (plain); which\ndocument (hatched),\nplace (dotted)")
+    axes[3].set_title("topic and place: by the leading latents, where none lead by all and by as many "
+                      "of the best", fontsize=9)
     names = [textwrap.fill(run.label, max(12, 84 // len(runs))) for run in runs]
     axes[3].set_xticks(range(len(runs)), names, fontsize=9, rotation=45 * (len(runs) > 8))
     return figure
@@ -365,6 +371,7 @@ def probe_panel(ax, runs, *keys):
     for value in found.values():
         ax.axhline(value, color="0.55", linestyle="-.", linewidth=1, zorder=0)
     low, high = ax.get_ylim()
+    ax.set_ylim(low, high)  # or a later line would move them
     height = -1  # of the last name; they stand at the right, clear of the points and of each other
     for name, value in sorted(found.items(), key=lambda item: item[1]):
         height = max((value - low) / (high - low), height + 0.09)
@@ -522,6 +529,8 @@ def clusters(runs, table):
 def with_error(values, sign=""):
     """Mean ± standard error, rounded so that the error shows two digits; one seed has no error."""
     mean, error = mean_se(values)
+    if np.isnan(mean):
+        return "–"
     if len(values) < 2:
         return f"{mean:{sign}.4g}"
     digits = max(0, 1 - int(np.floor(np.log10(max(error, 1e-4)))))
@@ -549,7 +558,11 @@ def comparison(runs, metrics):
 def caveats(first, run):
     """Sentences on why two runs may not be comparable."""
     keys = ("evaluate", "rows", "model", "layer", "dtype", "train_tokens")
-    found = [f"{run.name} has {words} as {first.name}" for words in differences(first, run, *keys)]
+    found = [f"{run.name} {clause}" for clause in differences(first, run, *keys)]
+    n, m = len(first.scores["l0"]), len(run.scores["l0"])
+    if n != m:
+        found.append(f"{first.name} has {n} seeds, {run.name} {m}: the difference is of the first "
+                     f"{min(n, m)}")
     a, b = first.scores["l0"].mean(), run.scores["l0"].mean()
     if abs(b - a) > 0.01 * a:
         found.append(f"{run.name} has an L0 of {b:.4g}, not {a:.4g} as {first.name}: S and "
@@ -566,7 +579,6 @@ def compare(runs):
             raise ValueError(f"{run.path / 'final_info.json'} holds no scores")
     found = dict.fromkeys(metric for run in runs for metric in run.scores)
     first = [metric for metric in HEADLINE if metric in found]
-    print("\n".join(comparison(runs, dict.fromkeys([*first, *found]))))
     unbound = [run.name for run in runs if not run.leads]
     if unbound:
         names = ", ".join(f"{name} is its {other}" for name, other in UNBOUND.items())
@@ -574,6 +586,7 @@ def compare(runs):
     for run in runs[1:]:
         for sentence in caveats(runs[0], run):
             print(f"note: {sentence}")
+    print("\n".join(comparison(runs, dict.fromkeys([*first, *found]))))
 
 
 PICTURES = (metrics_comparison, training_curves)
