@@ -1803,6 +1803,16 @@ def test_wheels_are_checked_and_never_executed(work, quick, monkeypatch, capsys)
     assert not (work / "setup_marker").exists() and not (work / "refused").exists()
 
 
+def test_settings_can_be_chosen_on_other_documents(work, base, tiny):
+    out = work / "on_validation"
+    assert evaluate.main([str(base), "--eval_split", "validation", "--out", str(out)]) == 0
+    found, reported = read(out / "consistency.json"), read(base / "consistency.json")
+    held = experiment.load_inputs(config(tiny)).validation
+    assert found["counts"]["tokens"] == (held.doc[8:] > 0).sum()
+    assert found["scored_on"] == reported["scored_on"] | {"eval_split": "validation"}
+    assert found["hashes"]["rows"] != reported["hashes"]["rows"] and "settings" in found["notes"]
+
+
 def test_bad_scoring_is_refused_and_no_score_is_lost(work, base, capsys):
     folder = shutil.copytree(base, work / "damaged")
     file = folder / "seed_0" / "sae_weights.safetensors"
