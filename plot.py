@@ -309,16 +309,18 @@ def training_curves(runs, table):
 
 
 def consistency(runs, table):
-    """Autocorrelation by lag against raw activations and the linear limit; what a probe gains."""
+    """Autocorrelation by lag against raw activations and the linear limit; what probes tell."""
     runs = choose(runs, TRIO, "autocorr")
-    figure, axes = plt.subplot_mosaic([["lags", "topic"], ["lags", "document"]], figsize=(9.5, 6),
-                                      width_ratios=[1.4, 1])
+    panels = [["lags", "topic"], ["lags", "document"], ["lags", "position"]]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(9.5, 7.5), width_ratios=[1.3, 1])
     heading(figure, "What lasts from token to token?", runs)
     lag_panel(axes["lags"], runs)
     probe_panel(axes["topic"], runs, "probes", "token_topic")
-    probe_panel(axes["document"], runs, "probes", "document_id")
+    probe_panel(axes["document"], runs, "probes", "document_id_shifted")
+    probe_panel(axes["position"], runs, "position", "probe")
     axes["topic"].set(title="Topic of a token, from 5 latents", ylabel="AUROC")
-    axes["document"].set(title="Which document a token is from", ylabel="accuracy")
+    axes["document"].set(title="Which document, told at another place", ylabel="accuracy")
+    axes["position"].set(title="Which eighth of its row it stands in", ylabel="accuracy")
     figure.legend(*axes["lags"].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -377,19 +379,6 @@ def probe_panel(ax, runs, *keys):
         height = max((value - low) / (high - low), height + 0.09)
         ax.annotate(LEVELS[name], (1.01, height), xycoords="axes fraction", va="center",
                     fontsize=8.5, color="0.35")
-
-
-def position(runs, table):
-    """How well a token's place in its row is told from the latents that last."""
-    runs = choose(runs, TRIO, "position")
-    figure, ax = plt.subplots(figsize=(7, 4))
-    heading(figure, "Where in its row is a token?", runs)
-    probe_panel(ax, runs, "position", "probe")
-    ax.set_ylabel("accuracy: which eighth of the row")
-    for run in runs:
-        ax.plot([], [], run.marker, color=run.colour, label=run.label)
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
 
 
 def frontier(runs, table):
@@ -590,7 +579,7 @@ def compare(runs):
 
 
 PICTURES = (metrics_comparison, training_curves)
-FIGURES = (consistency, position, frontier, ablation, clusters, redundancy, position_correlation)
+FIGURES = (consistency, frontier, ablation, clusters, redundancy, position_correlation)
 
 
 def draw(make, runs, table, out_dir):
