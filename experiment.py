@@ -549,8 +549,8 @@ TEMP_LOSSES = ("window_infonce", "infonce", "infonce_dot", *PAIR_LOSSES)
 # ------------------------------------------------------------------------------------------------
 
 DEAD_EVERY = 20  # steps between looks at which latents are dead: a look waits for the GPU
-# These terms see a quarter of the batch, a fair sample at a part of the cost. Neighbours have nearly
-# the same window mean, so window_infonce takes every second token of half of the chunks. Pairs need
+# These terms see a part of the batch, a fair sample at a part of the cost. Neighbours have nearly the
+# same window mean, so window_infonce takes every second token of half of the chunks. Pairs need
 # neighbours, so PAIR_LOSSES take the first quarter of the chunks, which are shuffled; so does AuxK.
 WINDOW_STRIDE = 2
 VIEWED_SHARE = 2
@@ -987,9 +987,9 @@ class Harvest:
         if self.n_parts == 1:
             prepare.release_lm()  # what it took is free for training
         n_valid = int((self.part.doc > 0).sum())
-        n_twice = int((self.part.twin >= 0).sum()) // 2
+        n_twins = int((self.part.twin >= 0).sum())
         say(f"part {number + 1} of {self.n_parts}: {self.n_rows:,} rows, {n_valid:,} tokens to "
-            f"train on, {n_twice:,} of them in two views")
+            f"train on, {n_twins:,} of them with another view")
 
     def delete_part(self):
         """Let go of the part that is loaded; if it is one of several, delete its file."""
@@ -1040,7 +1040,10 @@ class Harvest:
         return x.float() * self.stats.scale
 
     def make_bank(self):
-        """Window means in the middle of `bank` random chunks -> (K, d_in), their documents (K,)."""
+        """Window means in the middle of random chunks, `bank` of them or fewer, where one has none.
+
+        -> (K, d_in), their documents (K,)
+        """
         cfg = self.cfg
         ids = np.random.default_rng(self.part_number).permutation(self.n_chunks)[: cfg.bank]
         tokens = self.tokens_of(ids)

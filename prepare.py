@@ -19,6 +19,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -675,6 +676,7 @@ FORMAT = 2  # counted up when the same inputs give other rows
 BATCH_DOCUMENTS = 256  # tokenised at a time, which is what is fast
 HELD_OUT_TOKENS = 1024  # that a document gives to another split than train, so that many are there
 VIEW_ROWS = 64  # training rows whose second view stands next to them
+VIEW_PIECE = 1024  # tokens; of a longer document a second view shuffles pieces
 OPENING = 128  # tokens of the beginning of each test or validation document, kept for the judge
 # A generous estimate. It decides how much text is read at a time and kept of a document, so which
 # documents are read: who changes it counts FORMAT up.
@@ -799,17 +801,16 @@ def check_enough(dataset, parts, wanted, context_size):
             "asked for; training passes over them more often")
 
 
-def pack(documents, n_rows, context_size, bos):
-    """Up to n_rows rows of the documents, one after the other, as a Split.
+def pack(spans, n_rows, context_size, bos):
+    """Up to n_rows rows of [(document, start, end)], one after the other, as a Split.
 
     BOS starts each row and stands between documents in a row; a document goes on in the next."""
     pieces = [[[], [], []]]  # of tokens, doc and offset, with a BOS before each
     filled = 0
-    for document in documents:
-        start = 0
-        while start < len(document.ids) and filled < n_rows * context_size:
+    for document, start, end in spans:
+        while start < end and filled < n_rows * context_size:
             room = context_size - filled % context_size - 1  # behind BOS
-            ids = document.ids[start : start + room]
+            ids = document.ids[start : min(start + room, end)]
             offset = np.arange(start, start + len(ids))
             pieces += [[[bos], [0], [0]], [ids, np.full(len(ids), document.number + 1), offset]]
             filled += 1 + len(ids)
@@ -822,18 +823,32 @@ def pack(documents, n_rows, context_size, bos):
 def pack_twice(documents, n_rows, context_size, bos, share):
     """As pack; behind each VIEW_ROWS rows follow share * VIEW_ROWS with a second view of them.
 
-    That is a packing of the same documents in another order, so the same token stands at another
-    place and after other foreign text."""
-    first = pack(documents, n_rows, context_size, bos)
+    That is a packing of the same documents in another order, of long ones of the pieces that are in
+    the block, so the same token stands at another place and after other foreign text."""
+    rows = pack(whole(documents), n_rows, context_size, bos)
     by_number = {document.number: document for document in documents}
     rng = np.random.default_rng(0)
     blocks = []
-    for start in range(0, len(first.doc), VIEW_ROWS):
-        block = Split(*[array[start : start + VIEW_ROWS] for array in first])
-        numbers = np.unique(block.doc[block.doc > 0]) - 1
-        shuffled = [by_number[number] for number in rng.permutation(numbers)]
+    for start in range(0, len(rows.doc), VIEW_ROWS):
+        block = Split(*[array[start : start + VIEW_ROWS] for array in rows])
+        spans = []
+        for number in np.unique(block.doc[block.doc > 0]) - 1:
+            document = by_number[number]
+            if len(document.ids) <= VIEW_PIECE:
+                spans += whole([document])
+                continue
+            offset = block.offset[block.doc == number + 1]
+            first = offset[0] + rng.integers(context_size)  # a row does not begin as in the block
+            ends = [*range(first, offset[-1] + 1, VIEW_PIECE), offset[-1] + 1]
+            spans += [(document, *piece) for piece in itertools.pairwise(ends)]
+        shuffled = [spans[i] for i in rng.permutation(len(spans))]
         blocks += [block, pack(shuffled, round(share * len(block.doc)), context_size, bos)]
     return Split(*[np.concatenate(arrays) for arrays in zip(*blocks)])
+
+
+def whole(documents):
+    """The documents as spans: [(document, 0, its length)]."""
+    return [(document, 0, len(document.ids)) for document in documents]
 
 
 def find_twins(doc, offset):
@@ -874,7 +889,7 @@ def make_rows(folder, source, model, n_rows, context_size, view_share):
         if name == "train":
             split = pack_twice(parts[name], n, context_size, bos, view_share)
         else:
-            split = pack(parts[name], n, context_size, bos)
+            split = pack(whole(parts[name]), n, context_size, bos)
         about[f"documents of {name}"] = len(parts[name])
         about[f"rows of {name}"] = len(split.tokens)
         for of, array in split._asdict().items():

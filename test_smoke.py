@@ -569,6 +569,12 @@ def test_a_long_document_gives_little_to_the_judge(work, tiny):
     for split in ("test", "validation"):
         number, size = np.unique(getattr(inputs, split).doc, return_counts=True)
         assert len(number) - 1 >= 5 and size[1:].max() == prepare.HELD_OUT_TOKENS
+    tokens, doc, offset = inputs.train  # each second view is of its own block
+    again = np.arange(len(doc)) % 80 >= 64
+    twin = prepare.find_twins(doc, offset).ravel()
+    at = np.flatnonzero(twin >= 0)
+    assert (twin.reshape(doc.shape)[again][doc[again] > 0] >= 0).mean() > 0.95
+    assert (again[at // 32] != again[twin[at] // 32]).all() and (at % 32 == twin[at] % 32).mean() < 0.2
 
 
 def test_no_text_is_in_two_splits_and_those_held_out_are_spread(work, tiny):
