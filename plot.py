@@ -355,6 +355,9 @@ def probe_panel(ax, runs, *keys):
               "best": "as many of the\nbest at lag 16", "rest": "the rest"}
     groups = {group: words for group, words in groups.items()
               if any(run.values(*keys, group) is not None for run in runs)}
+    if not groups:  # activations without a text have no passages
+        ax.set_axis_off()
+        return
     for index, run in enumerate(runs):
         for place, group in enumerate(groups):
             values = run.values(*keys, group)
