@@ -181,6 +181,11 @@ class Config:
         temporal_fraction is the share of the Matryoshka term's leading latents, too."""
         return self.temp_alpha > 0 and self.window > 1
 
+    @property
+    def windowed(self):
+        """Whether the temporal loss is the one of window means, which needs views and a bank."""
+        return self.temporal and self.temp_loss == "window_infonce"
+
 
 def check(cfg):
     """Raise ValueError, one clear sentence, for a setting that cannot work. Loads no model."""
@@ -212,7 +217,7 @@ def check(cfg):
         (cfg.sparsity == "l1" and cfg.nonlinearity != "relu",
          "--sparsity l1 needs --nonlinearity relu: codes of gelu are hardly ever zero"),
         (cfg.l1_alpha != Config.l1_alpha and cfg.sparsity != "l1", "--l1_alpha needs --sparsity l1"),
-        (cfg.control != "none" and not (cfg.temporal and cfg.temp_loss == "window_infonce"),
+        (cfg.control != "none" and not cfg.windowed,
          f"--control {cfg.control} needs --temp_loss window_infonce with a weight above 0"),
         (not cfg.acts and cfg.reconstruction_rows >= cfg.eval_rows,
          f"--reconstruction_rows {cfg.reconstruction_rows} leaves none of the --eval_rows "
@@ -560,16 +565,19 @@ NEAR = 0.75  # window_infonce reads leading latents above this share of batchtop
 
 
 class Batch(NamedTuple):
-    """What one step is trained on: N chunks of T neighbouring tokens, B = N*T."""
+    """What one step is trained on: N chunks of T neighbouring tokens, B = N*T.
+
+    What follows n_valid is for window_infonce and None without it.
+    """
 
     x: torch.Tensor  # (B, d_in) activations, scaled
     doc: torch.Tensor  # (N, T) the document of each token, 0 where it is left out
     n_valid: int  # tokens that are not left out; to count them on a GPU would make the host wait
-    viewed: torch.Tensor  # (V,) half of the chunks, first those of which there is another view
-    view: torch.Tensor  # (V*T, d_in) their other view, with --view_share 0 the chunks themselves
-    view_doc: torch.Tensor  # (V, T) as doc, 0 also where a token has no other view
-    bank: torch.Tensor  # (K, d_in) window means of other tokens
-    bank_doc: torch.Tensor  # (K,) their documents
+    viewed: torch.Tensor = None  # (V,) half of the chunks, first those of which there is another view
+    view: torch.Tensor = None  # (V*T, d_in) their other view; without any the chunks themselves
+    view_doc: torch.Tensor = None  # (V, T) as doc, 0 also where a token has no other view
+    bank: torch.Tensor = None  # (K, d_in) window means of other tokens
+    bank_doc: torch.Tensor = None  # (K,) their documents
 
 
 class Stats(NamedTuple):
@@ -887,7 +895,8 @@ class Part(NamedTuple):
     acts: torch.Tensor  # (M, T, d_in) in the model's dtype
     rows: np.ndarray  # (N,) which of the M rows; with --acts the file holds other rows, too
     doc: np.ndarray  # (N, T) int32, a number for the document of each token; 0 is left out
-    twin: np.ndarray  # (N, T) the token, counted through all rows, that is its other view, or -1
+    # (N, T) the token, counted through all rows, that is its other view, or -1; None without views
+    twin: np.ndarray
 
 
 def load_inputs(cfg):
@@ -946,7 +955,6 @@ class Harvest:
             acts = self.inputs.acts
             rows = getattr(self.inputs, split)
             doc = self.inputs.doc[rows]
-            offset = np.arange(doc.size).reshape(doc.shape)  # no token is there twice
         else:
             tokens, doc, offset = getattr(self.inputs, split)
             if split == "train":
@@ -964,7 +972,8 @@ class Harvest:
             self.sink_limit = prepare.sink_limit(ordinary)
         # attention sinks, and padding, whose norm is 0, are left out
         doc = np.where((norms > self.sink_limit) | (norms == 0), 0, doc)
-        return Part(acts, rows, doc, prepare.find_twins(doc, offset))
+        views = split == "train" and self.cfg.view_share and not self.cfg.acts
+        return Part(acts, rows, doc, prepare.find_twins(doc, offset) if views else None)
 
     def file_of(self, split, number):
         """The file of some rows in the cache, named by all that decides their activations."""
@@ -983,11 +992,11 @@ class Harvest:
         self.delete_part()
         self.part = on_device(self.rows_of("train", number), self.device)
         self.part_number = number
-        self.bank = self.make_bank()
+        self.bank = self.make_bank() if self.cfg.windowed else None
         if self.n_parts == 1:
             prepare.release_lm()  # what it took is free for training
         n_valid = int((self.part.doc > 0).sum())
-        n_twins = int((self.part.twin >= 0).sum())
+        n_twins = 0 if self.part.twin is None else int((self.part.twin >= 0).sum())
         say(f"part {number + 1} of {self.n_parts}: {self.n_rows:,} rows, {n_valid:,} tokens to "
             f"train on, {n_twins:,} of them with another view")
 
@@ -1014,17 +1023,23 @@ class Harvest:
         tokens = self.tokens_of(ids)
         doc = self.part.doc.ravel()[tokens]
         n_valid = int((doc > 0).sum())
+        batch = Batch(self.activations(tokens), self.to_tensor(doc), n_valid)
+        if not self.cfg.windowed:
+            return batch
         twin = tokens  # without a second view a token is its own twin
-        if self.cfg.view_share and not self.cfg.acts:
+        if self.part.twin is not None:
             twin = self.part.twin.ravel()[tokens]
-        n_viewed = math.ceil(len(ids) / VIEWED_SHARE) if self.cfg.temporal else 0
-        viewed = (twin < 0).all(1).argsort(kind="stable")[:n_viewed]
+        viewed = (twin < 0).all(1).argsort(kind="stable")[: math.ceil(len(ids) / VIEWED_SHARE)]
         twin = twin[viewed]
-        view = self.activations(np.maximum(twin, 0))
         view_doc = np.where(twin < 0, 0, doc[viewed])
-        doc, viewed, view_doc = [to_device(torch.from_numpy(array), self.device)
-                                 for array in (doc, viewed, view_doc)]
-        return Batch(self.activations(tokens), doc, n_valid, viewed, view, view_doc, *self.bank)
+        bank, bank_doc = self.bank
+        return batch._replace(
+            viewed=self.to_tensor(viewed), view=self.activations(np.maximum(twin, 0)),
+            view_doc=self.to_tensor(view_doc), bank=bank, bank_doc=bank_doc)
+
+    def to_tensor(self, array):
+        """A numpy array as a tensor on the device."""
+        return to_device(torch.from_numpy(array), self.device)
 
     def tokens_of(self, ids):
         """Chunks, numbered through all rows, (N,) -> their tokens, counted so, (N, T)."""
@@ -1051,7 +1066,7 @@ class Harvest:
         x = self.activations(tokens)
         if cfg.layernorm:
             x = SAE.normalise(x)[0]
-        doc = to_device(torch.from_numpy(doc), self.device)
+        doc = self.to_tensor(doc)
         middle = slice(cfg.chunk_size // 2, cfg.chunk_size // 2 + 1)
         target, enough = window_mean(x.view(*doc.shape, -1), doc, cfg.window, at=middle)
         return target[enough], doc[:, middle][enough]

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may ask the hub
@@ -424,6 +425,7 @@ def a_trainer(quick, **changes):
     viewed = torch.arange(0, 32, 2)
     view = x.view(32, 8, 64)[viewed].flatten(0, 1) + torch.randn(128, 64, generator=generator)
     view_doc = torch.where(torch.arange(8) < 6, doc[viewed], 0)
+    view[view_doc.flatten() == 0] = 1e3  # what stands where there is no view
     bank = torch.randn(12, 64, generator=generator), torch.arange(2, 14)
     n_valid = int((doc > 0).sum())
     return trainer, experiment.Batch(x, doc, n_valid, viewed, view, view_doc, *bank)
@@ -732,7 +734,8 @@ def test_a_pass_serves_each_chunk_once_whole_and_as_the_model_gives_it(work, qui
         on_disk = sum(file.stat().st_size for file in settings["cache_dir"].glob("acts-*"))
         assert on_disk < 1e9 * settings["cache_gb"] + 129 * 32 * D_IN * 4, "more than a part"
     # a document that begins a row in both views is read in the same way: its chunks are equal
-    assert len(served) == steps * 32 and len(set(served)) > 0.99 * len(served)
+    equal_to = [int(np.abs(every_chunk - chunk).max(1).argmin()) for chunk in every_chunk]
+    assert len(served) == steps * 32 and not Counter(served) - Counter(equal_to)
     first = harvest.batch(0, 0).x
     again = harvest_of(settings, temp_alpha=0, d_sae=128, lr=1e-4)  # runs compared are paired
     last = again.batch(0, steps - 1).x
@@ -816,7 +819,8 @@ def test_a_run_leaves_what_it_promises_and_learns(base, work):
     log = log_of(base)
     assert [line["step"] for line in log] == [*range(0, 40, 5), 39]
     assert all(math.isfinite(value) for line in log for value in line.values())
-    assert log[-1]["recon"] < 0.9 * log[0]["recon"]
+    recon = [line["recon"] for line in log]
+    assert np.mean(recon[-4:]) < 0.8 * recon[0], "of one batch it says little: the last is a hard one"
 
 
 def test_weight_0_or_window_1_is_the_baseline_bit_for_bit(run, quick):
