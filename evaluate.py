@@ -1295,8 +1295,8 @@ def consistency(sae, fidelity, codes, refs, is_first):
         varies = refs.x.std(0) > 0
         out["position_corr"] = {
             "step": math.ceil(rows.context / MATRIX_SIDE),
-            "codes": plain(position_matrix(codes[:, latents], rows), 5),
-            "raw": plain(position_matrix(refs.x[:codes.shape[0], varies], rows), 5)}
+            "codes": plain(position_matrix(codes[:, latents], rows), 3),
+            "raw": plain(position_matrix(refs.x[:codes.shape[0], varies], rows), 3)}
         out["correlation"] = picture
         out["latents"] = plain({
             "index": latents, "rate": fires[latents] / fidelity.tokens, "span": span[latents],

@@ -493,10 +493,11 @@ def window_infonce_loss(z, W_lead, target, bank, left_out, temperature):
     with torch.autocast(z.device.type, enabled=False):  # bfloat16 is too coarse for logits
         square = ((z @ (W_lead @ W_lead.t())) * z).sum(1, keepdim=True)
         z = z / (temperature * square.clamp(min=shortest**2).sqrt())
-        own = (z * (target @ W_lead.t())).sum(1)
+        own = (z * (target @ W_lead.t())).sum(1, keepdim=True)
         others = z @ (bank @ W_lead.t()).t()
-    others = others.masked_fill(left_out, -1e9)  # not -inf, whose gradient is NaN if none is left
-    return torch.logaddexp(own, others.logsumexp(1)) - own
+        logits = torch.cat([own, others.masked_fill_(left_out, -torch.inf)], 1)
+    own_column = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    return F.cross_entropy(logits, own_column, reduction="none")
 
 
 def sqdiff_loss(codes, doc, window):
@@ -728,7 +729,7 @@ class Trainer:
             target, enough, owner = window_mean_target(
                 view.view(*view_doc.shape, -1), view_doc, cfg, step, at)
         target, enough = target.flatten(0, 1), enough.flatten()
-        left_out = (batch.bank_doc == view_doc[:, at, None]) | (batch.bank_doc == owner[..., None])
+        left_out = batch.bank_doc == owner[..., None]
         x = x.view(*batch.doc.shape, -1)[:, at][batch.viewed].flatten(0, 1)
         # Computed again for a cut that is lower than that of the codes: what is cut off has no
         # gradient, so this lets a latent just below the threshold learn. Without a threshold

@@ -1027,7 +1027,8 @@ def parse(argv):
                "harvest_tokens": 524_288, "view_share": 0.25, "eval_rows": 464,
                **Source._field_defaults}
     for name, default in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help="as in experiment.py")
     return parser.parse_args(argv)
 
 

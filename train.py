@@ -105,6 +105,8 @@ ALL = STUDY | GRID
 TABLE = experiment.RUNS / "study.csv"
 SETTINGS = ("temp_loss", "temp_alpha", "window", "temporal_fraction", "k", "train_tokens")
 SOURCES = ("experiment_sha256", "evaluate_sha256")
+DRAWN = ("run_0", "run_6")
+TABLES = ("position_corr", "correlation", "latents")
 
 
 def folder_of(name):
@@ -141,6 +143,8 @@ def record(name):
     (info,) = prepare.read_json(folder_of(name) / "final_info.json").values()
     scores = info["final_info_dict"]
     scores.pop("pw_mcc", None)  # one value a pair of seeds
+    if name not in DRAWN:
+        drop_tables(folder_of(name))
     with FileLock(f"{TABLE}.lock"):
         rows = [row for row in read_table() if row["run"] != name]
         for i in range(config["n_seeds"]):
@@ -150,6 +154,14 @@ def record(name):
             row |= {metric: f"{values[i]:.6g}" for metric, values in scores.items()}
             rows.append(row)
         prepare.write_whole(TABLE, functools.partial(write_rows, rows))
+
+
+def drop_tables(folder):
+    """Take out of the scores what only plot.py's pictures of DRAWN show: it is large."""
+    for path in folder.rglob("consistency.json"):
+        tree = prepare.read_json(path)
+        kept = {key: tree[key] for key in tree if key not in TABLES}
+        prepare.write_json(path, kept)
 
 
 def write_rows(rows, path):
