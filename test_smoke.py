@@ -1270,7 +1270,7 @@ def test_the_matrix_of_positions_and_redundancy_equal_loops(hand):
     assert found["step"] == 1 and len(found["codes"]) == len(found["raw"]) == 32
     for p, q in ((1, 2), (3, 3), (5, 9)):
         cell = [np.mean(z[r, p] * z[r, q]) for r, piece in hand.segments if {p, q} <= set(piece)]
-        close(found["codes"][p][q], np.mean(cell), 1e-3, 1e-4)
+        close(found["codes"][p][q], np.mean(cell), 6e-3, 1e-4)  # of three digits
     largest = (np.corrcoef(z[hand.ok].T) - 2 * np.eye(len(hand.kept))).max(1)
     close(hand.consistency["redundancy"]["share_above_0.9"], (largest > 0.9).mean())
 
@@ -1869,14 +1869,17 @@ def test_the_study_runs_what_is_missing_and_reports_what_fails(work, seeds, monk
     monkeypatch.setattr(train.subprocess, "run", stand_in)
     monkeypatch.setattr(experiment, "RUNS", work / "train")
     monkeypatch.setattr(train, "TABLE", work / "train" / "study.csv")
-    monkeypatch.setattr(train, "ALL", dict.fromkeys(("run_0", "run_6"), "--n_seeds 2"))
+    monkeypatch.setattr(train, "ALL", dict.fromkeys(("run_0", "run_6", "k16"), "--n_seeds 2"))
     assert train.main([]) == 1 and "failed: run_0" in capsys.readouterr().err
     with open(train.TABLE, newline="") as file:
         rows = [(row["run"], row["seed"], row["l0"]) for row in csv.DictReader(file)]
     (block,) = read(seeds / "final_info.json").values()
     l0 = block["final_info_dict"]["l0"]
-    assert rows == [("run_6", str(i), f"{l0[i]:.6g}") for i in (0, 1)]
-    assert train.main(["run_6"]) == 0 and called == ["run_0", "run_6"], "it is done"
+    assert rows == [(name, str(i), f"{l0[i]:.6g}") for name in ("run_6", "k16") for i in (0, 1)]
+    whole, slim = (read(train.folder_of(name) / "seed_0" / "consistency.json")
+                   for name in ("run_6", "k16"))
+    assert slim.keys() == whole.keys() - {"position_corr", "correlation", "latents"} != whole.keys()
+    assert train.main(["run_6"]) == 0 and called == ["run_0", "run_6", "k16"], "it is done"
     assert train.main(["no_such_run"]) == 2 and "no_such_run" in capsys.readouterr().err
 
 
