@@ -544,7 +544,9 @@ def comparison(runs, metrics):
                 a, b = a.mean(keepdims=True), b.mean(keepdims=True)
             cells.append(with_error(b[: len(a)] - a[: len(b)], "+"))
         lines.append([metric, *cells])
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[cell.ljust(width) for cell, width in zip(cells, widths)] for cells in lines]
+    return [f"| {' | '.join(cells)} |" for cells in padded]
 
 
 def caveats(first, run):

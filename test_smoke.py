@@ -1910,7 +1910,7 @@ def test_all_pictures_are_drawn_from_json_alone(work, base, seeds):
         (drawn,) = out.rglob(f"{make.__name__}.png")
         assert drawn.read_bytes().startswith(b"\x89PNG") and drawn.stat().st_size > 10_000, drawn
     code, printed = plotted(["--compare", seeds, base])
-    assert code == 0 and "| explained_variance |" in printed and "base - seeds" in printed
+    assert code == 0 and "| explained_variance " in printed and "base - seeds" in printed
     assert plotted(["--compare", base])[0] == 2 and plotted(["--runs_dir", work / "none"])[0] == 1
 
 
