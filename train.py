@@ -51,7 +51,7 @@ STUDY = {
     # as compared in arXiv 2609.35521: temperature .1
     "tsae_cosines": f"{LEAD} --temp_loss infonce --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     "tsae_released": f"{PRODUCTS} --temp_alpha 0.25 --matryoshka_alpha 0.25 --n_seeds 3",
-    # Tuned on validation documents: the best topic and document within .01 of explained variance
+    # The best topic and document, on validation documents, within .01 of explained variance: tune_*
     "tsae_tuned": f"{TUNED} --n_seeds 3",
     # Other sparsities
     "k16_base": "--k 16 --temp_alpha 0 --n_seeds 3",
@@ -96,6 +96,12 @@ for window in (2, 4, 8, 16, 32):
 for fraction in (0.01, 0.02, 0.05, 0.1, 0.2):
     flags = f"{SHORT} --window 16 --temporal_fraction {fraction} --n_seeds 3"
     GRID[f"grid_w16_f{fraction}"] = flags
+# How T-SAE was tuned: the weight of its contrast, then of its Matryoshka term
+VALIDATION = "--eval_split validation"
+GRID["tune_base"] = f"--temp_alpha 0 {VALIDATION}"
+for alpha, matryoshka_alpha in ((0.25, 0.15), (0.5, 0.15), (1, 0.15), (0.5, 0.05)):
+    flags = f"{PRODUCTS} --temp_alpha {alpha} --matryoshka_alpha {matryoshka_alpha} {VALIDATION}"
+    GRID[f"tune_{alpha}_{matryoshka_alpha}"] = flags
 ALL = STUDY | GRID
 
 # ------------------------------------------------------------------------------------------------
