@@ -72,8 +72,8 @@ SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 LONG = "--train_tokens 12000000 --n_seeds 3"
 GRID = {
     # Other weights, other shares of rows with a second view, and what the controls do
-    "whole_a0.003": "--temp_alpha 0.003",
-    "whole_a0.1": "--temp_alpha 0.1",
+    "whole_a0.003": "--temp_alpha 0.003 --n_seeds 3",
+    "whole_a0.1": "--temp_alpha 0.1 --n_seeds 3",
     "whole_one_view": "--view_share 0 --n_seeds 3",
     "whole_one_view_base": "--view_share 0 --temp_alpha 0 --n_seeds 3",
     "whole_full_view": "--view_share 1",
