@@ -45,7 +45,7 @@ STUDY = {
     "run_5": f"{SQDIFF} --temp_alpha 1e-4 --init xavier --nonlinearity gelu",
     # T-SAE (Bhalla et al. 2025). Its weights and temperature are in raw units, as there: published
     # |x - x_hat|^2 + |x - x_hat_lead|^2 + CE + CE of cosines; released 0.4 and 0.1 of the squared
-    # errors and 0.1 times the mean of two CEs of inner products.
+    # errors and 0.1 times the mean of two CEs of inner products, so 1, 0.25 and 0.25 here.
     "matryoshka": f"{LEAD} --temp_alpha 0 --matryoshka_alpha 0.25 --n_seeds 3",
     "tsae_published": f"{COSINES} --temp_alpha 2 --matryoshka_alpha 1 --n_seeds 3",
     # as compared in arXiv 2609.35521: temperature .1
@@ -59,7 +59,7 @@ STUDY = {
     "k64_base": "--k 64 --temp_alpha 0 --n_seeds 3",
     "k64_ours": "--k 64 --n_seeds 3",
     # A second model. T-SAE's weight is in raw units, and the variance here is 3200 times that of
-    # the first model's layer: these are cosines with the weight 1000 there, good in short runs.
+    # the first model's layer: these are cosines with the weight 1000 there (notes.txt).
     "gemma_base": f"{GEMMA} --temp_alpha 0 --n_seeds 3",
     "gemma_ours": f"{GEMMA} --n_seeds 3",
     "gemma_tsae": f"{GEMMA} {COSINES} --temp_alpha 3.2e6 --matryoshka_alpha 0.25 --n_seeds 3",
@@ -70,7 +70,7 @@ STUDY = {
 
 SHORT = "--train_tokens 600000 --reconstruction_rows 0"
 LONG = "--train_tokens 12000000 --n_seeds 3"
-GRID = {
+GRID = {  # runs that are not kept in git
     # Other weights, other shares of rows with a second view, and what the controls do
     "whole_a0.003": "--temp_alpha 0.003 --n_seeds 3",
     "whole_a0.1": "--temp_alpha 0.1 --n_seeds 3",
@@ -111,7 +111,7 @@ ALL = STUDY | GRID
 TABLE = experiment.RUNS / "study.csv"
 SETTINGS = ("temp_loss", "temp_alpha", "window", "temporal_fraction", "k", "train_tokens")
 SOURCES = ("experiment_sha256", "evaluate_sha256")
-DRAWN = ("run_0", "run_6")
+DRAWN = ("run_0", "run_6")  # the runs whose large tables plot.py draws
 TABLES = ("position_corr", "correlation", "latents")
 
 
