@@ -223,12 +223,12 @@ def mean_se(values):
 
 
 def heading(figure, title, runs=()):
-    """Title at the left, with what is averaged: the seeds of these runs, or the first seed."""
-    counts = [len(run.consistency) or 1 for run in runs] or [1]
-    counts = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-    note = f"± standard error over seeds, n = {counts}" if runs else "first seed"
-    if counts == "1":
-        note = "one seed"
+    """Title at the left, with what is shown: means over the seeds of runs, or the first seed."""
+    note = "first seed"
+    if runs:
+        counts = [run.config.get("n_seeds", 1) for run in runs]
+        ends = sorted({min(counts), max(counts)})
+        note = f"± standard error over seeds, n = {' to '.join(map(str, ends))}"
     figure.suptitle(f"{title} ({note})", x=0.01, ha="left")
 
 
@@ -455,7 +455,7 @@ def redundancy(runs, table):
     """Correlation between the codes of the latents that fire most, similar ones side by side."""
     squares = {}
     for run in choose(runs, PAIR, "correlation"):
-        title = f"{run.label}: {run.first['redundancy']['share_above_0.9']:.2%} of all latents"
+        title = f"{run.label}: {run.first['redundancy']['share_above_0.9']:.2%} of those scored"
         squares[f"{title}\ncorrelate above .9 with another"] = run.first["correlation"]["corr"]
     return draw_squares(squares, "Redundant latents", 1, xlabel="the latents that fire most",
                         xticks=[], yticks=[])
@@ -590,15 +590,14 @@ FIGURES = (consistency, frontier, ablation, clusters, redundancy, position_corre
 def draw(make, runs, table, out_dir):
     """Draw one picture, if its data are there."""
     path = out_dir / ("figures" if make in FIGURES else "") / f"{make.__name__}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure = make(runs, table)
+        figure.savefig(path, metadata={"Software": None})  # the same numbers give the same bytes
+        print(f"wrote {path}")
     except (KeyError, TypeError, ValueError) as error:
         print(f"skipped {path.name}: not in the records: {error}")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})  # the same numbers give the same bytes
-    plt.close(figure)
-    print(f"wrote {path}")
+    plt.close("all")
 
 
 class Parser(argparse.ArgumentParser):
