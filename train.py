@@ -18,6 +18,7 @@ import sys
 from filelock import FileLock
 
 import experiment
+import plot
 import prepare
 
 # ------------------------------------------------------------------------------------------------
@@ -111,8 +112,7 @@ ALL = STUDY | GRID
 TABLE = experiment.RUNS / "study.csv"
 SETTINGS = ("temp_loss", "temp_alpha", "window", "temporal_fraction", "k", "train_tokens")
 SOURCES = ("experiment_sha256", "evaluate_sha256")
-DRAWN = ("run_0", "run_6")  # the runs whose large tables plot.py draws
-TABLES = ("position_corr", "correlation", "latents")
+TABLES = ("position_corr", "correlation", "latents")  # large, and drawn of plot.PAIR alone
 
 
 def folder_of(name):
@@ -149,8 +149,11 @@ def record(name):
     (info,) = prepare.read_json(folder_of(name) / "final_info.json").values()
     scores = info["final_info_dict"]
     scores.pop("pw_mcc", None)  # one value a pair of seeds
-    if name not in DRAWN:
+    if name not in plot.PAIR:
         drop_tables(folder_of(name))
+    # A record says where a text of ours lies in the repo, not where the repo lies.
+    config["dataset"] = config["dataset"].removeprefix(f"{experiment.RUNS.parent}/")
+    prepare.write_json(folder_of(name) / "config.json", config)
     with FileLock(f"{TABLE}.lock"):
         rows = [row for row in read_table() if row["run"] != name]
         for i in range(config["n_seeds"]):
@@ -163,7 +166,7 @@ def record(name):
 
 
 def drop_tables(folder):
-    """Take out of the scores what only plot.py's pictures of DRAWN show: it is large."""
+    """Take the TABLES out of the scores."""
     for path in folder.rglob("consistency.json"):
         tree = prepare.read_json(path)
         kept = {key: tree[key] for key in tree if key not in TABLES}
